@@ -1,0 +1,1 @@
+"""Fine-tune pretrained networks inside a strict memory budget (TraDy)."""
