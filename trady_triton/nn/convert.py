@@ -1,0 +1,135 @@
+"""apply_plan and remove_plan: turn a network's layers into lean ones and back, in place.
+
+A module keeps its identity, parameters, hooks and attributes; only its class changes to a subclass that has the same
+state and another forward (as torch's lazy modules and `fully_shard` do). So names, tied weights and state_dict stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_triton.cost import LayerShape
+from trady_triton.plan import Plan
+from trady_triton.registry import lean_type
+from trady_triton.slot import ChannelSlot, attach_slot, detach_slot
+
+_NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class AppliedPlan:
+    """What apply_plan leaves on the model, as attribute `trady`: the plan, and what remove_plan must bring back."""
+
+    plan: Plan
+    classes: dict[str, type[nn.Module]]
+    requires_grad: dict[str, bool]
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Freeze the network but for the head, and swap its Conv2d and Linear layers for lean ones, in place.
+
+    Layers of the pool get a slot for their channels, which the optimizer fills; all others keep no input for the
+    backward. `requires_grad` is set here once and not touched again. Values of the forward do not change.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: the plan was made for another model, or the model has a plan already. Nothing is changed then.
+    """
+    if hasattr(model, "trady"):
+        raise ValueError("the model has a plan already: call remove_plan(model) first")
+    _check_fits(model, plan)
+    trained = _trained_parameters(model, plan)
+    modules = dict(model.named_modules())
+    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(model, name, module, plan))}
+    model.trady = AppliedPlan(  # type: ignore[assignment]
+        plan,
+        {name: type(modules[name]) for name in swaps},
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+    )
+    for name, lean in swaps.items():
+        modules[name].__class__ = lean
+    _install_slots(model, plan)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def remove_plan(model: nn.Module) -> nn.Module:
+    """Undo apply_plan in place: the layers' classes and every requires_grad; trained weights stay as they are.
+
+    Raises:
+        ValueError: the model has no plan.
+    """
+    applied = getattr(model, "trady", None)
+    if not isinstance(applied, AppliedPlan):
+        raise ValueError("the model has no plan to remove")
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for name, kind in applied.classes.items():
+        modules[name].__dict__.pop("slot", None)
+        modules[name].__class__ = kind
+    for name, flag in applied.requires_grad.items():
+        detach_slot(parameters[name])
+        parameters[name].requires_grad_(flag)
+    del model.trady
+    return model
+
+
+def _check_fits(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    for name, shape in plan.shapes.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            found = type(module).__name__ if name in modules else "no module"
+            raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, the model has {found}; rank this model")
+        if lean_type(type(module)) is None:
+            raise ValueError(f"layer {name!r}: nobody taught a lean form of {type(module).__name__}; see register_lean")
+        if (found_sizes := _sizes(module)) != (wanted := _planned_sizes(shape)):
+            raise ValueError(f"layer {name!r}: (in, out, groups, kernel) is {found_sizes}, the plan wants {wanted}; rank this model")
+    for name in plan.head:
+        if name not in modules:
+            raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
+
+
+def _sizes(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int, tuple[int, ...]]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, 1, ()
+    return module.in_channels, module.out_channels, module.groups, tuple(module.kernel_size)
+
+
+def _planned_sizes(shape: LayerShape) -> tuple[int, int, int, tuple[int, ...]]:
+    return shape.in_channels, shape.out_channels, shape.groups, shape.kernel_size
+
+
+def _trained_parameters(model: nn.Module, plan: Plan) -> set[int]:
+    """Ids of the parameters that are trained whole: the head, and on request biases and normalisation."""
+    modules = dict(model.named_modules())
+    chosen = [parameter for name in plan.head for parameter in modules[name].parameters()]
+    if plan.train_bias:
+        chosen += [bias for name in plan.shapes if (bias := modules[name].bias) is not None]  # type: ignore[misc]
+    if plan.train_norm:
+        chosen += [p for module in modules.values() if isinstance(module, _NORM_TYPES) for p in module.parameters()]
+    return {id(parameter) for parameter in chosen}
+
+
+def _lean_class(model: nn.Module, name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
+    """The lean class of a module outside the head, if its type was taught."""
+    in_head = any(name == head or name.startswith(head + ".") for head in plan.head)
+    return None if in_head else lean_type(type(module))
+
+
+def _install_slots(model: nn.Module, plan: Plan) -> None:
+    """One slot for every weight of the pool, shared by all modules that share the weight."""
+    slots = {}
+    for name in plan.pool:
+        layer = model.get_submodule(name)
+        slot = ChannelSlot(name, layer.weight, getattr(layer, "groups", 1), plan.fingerprint)  # type: ignore[arg-type]
+        attach_slot(slot)
+        slots[id(layer.weight)] = slot
+    for module in model.modules():
+        if id(getattr(module, "weight", None)) in slots and isinstance(module, nn.Conv2d | nn.Linear):
+            module.slot = slots[id(module.weight)]  # type: ignore[assignment]

@@ -1,0 +1,190 @@
+"""TraDyOptimizer: plain SGD on the drawn channels and on what is trained whole, with a fresh draw every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from trady_triton.plan import Plan
+from trady_triton.slot import ChannelSlot, find_slot
+
+
+class TraDyOptimizer(Optimizer):
+    """SGD without momentum (the paper's optimizer) for a model to which `apply_plan` was applied.
+
+    Call `resample(epoch)` at the start of every epoch, then step as usual. `param_groups` hold the tensors that have
+    gradients: the parameters that are trained whole (the head), and for each weight of the pool the proxy of its
+    compact gradient; so clipping over `param_groups`, schedulers and GradScaler see everything that is trained.
+    Weight decay touches the drawn channels only; all other weights stay bit for bit what they are.
+
+    Args:
+        params: `model.parameters()`, named parameters, or groups of them; frozen parameters are passed over.
+        plan: the plan that was applied to the model.
+        lr: learning rate, a float or a 0-dim tensor.
+        weight_decay: L2 penalty added to the gradient, as in torch.optim.SGD.
+
+    Raises:
+        ValueError: a number out of range; or the parameters lack a layer of the plan: the plan was not applied,
+            another one was, or the model is a copy of the planned one.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: Iterable[Any], plan: Plan, lr: float | Tensor = 1e-3, weight_decay: float = 0.0
+    ) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model")
+        self.plan = plan
+        self._slots: list[list[ChannelSlot]] = []
+        self._applied: dict[ChannelSlot, tuple[Tensor, int]] = {}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint})
+        missing = set(plan.pool) - {slot.layer for slots in self._slots for slot in slots}
+        if missing:
+            raise ValueError(f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
+                             f"{min(missing)!r}: call apply_plan(model, plan) first, and give the parameters of that very "
+                             "model; a deepcopy needs remove_plan and apply_plan of its own")  # fmt: skip
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch whose channels are installed; None before the first `resample`."""
+        epoch = self.param_groups[0]["trady_epoch"]
+        return None if epoch < 0 else epoch
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters; their proxies take the place of the frozen weights."""
+        _check_range("lr", param_group.get("lr", self.defaults["lr"]))
+        _check_range("weight_decay", param_group.get("weight_decay", self.defaults["weight_decay"]))
+        params = param_group["params"]
+        given = [params] if isinstance(params, Tensor) else list(params)
+        named = [item if isinstance(item, tuple) else (None, item) for item in given]
+        slots = [slot for _, weight in named if (slot := find_slot(weight)) is not None]
+        self._check_slots(slots)
+        kept = [(name, p) for name, p in named if p.requires_grad] + [(f"{s.layer}.weight[:, channels]", s.proxy) for s in slots]
+        is_named = any(isinstance(item, tuple) for item in given)
+        super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
+        self._slots.append(slots)
+
+    def resample(self, epoch: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Draw the channels of an epoch and install them; without an argument, of the next epoch.
+
+        Asking for the installed epoch again changes nothing (but follows a model that was moved).
+
+        Returns:
+            the channels: layer name -> ids, as `plan.sample(epoch)`.
+
+        Raises:
+            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
+        """
+        epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
+        channels = self.plan.sample(epoch)
+        slots = [slot for group in self._slots for slot in group]
+        if epoch != self.epoch or any(slot.is_stale for slot in slots):
+            self._check_idle(slots)
+            for slot in slots:
+                slot.set(channels[slot.layer])
+            self._install(epoch)
+        return channels
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the drawn channels and what is trained whole.
+
+        Raises:
+            RuntimeError: `resample` was never called, so nothing but the head would be trained.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.epoch is None:
+            raise RuntimeError("no channels are drawn: call optimizer.resample(epoch) at the start of every epoch")
+        if not self._found_inf():
+            for group, slots in zip(self.param_groups, self._slots, strict=True):
+                self._step_group(group, slots)
+        self._applied = {slot: (slot.proxy.grad, slot.proxy.grad._version) for slots in self._slots for slot in slots
+                         if slot.proxy.grad is not None}  # fmt: skip
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a `state_dict()` of the same plan and install the channels of its epoch.
+
+        Raises:
+            ValueError: the state belongs to another plan, or to other groups. Nothing is changed then.
+        """
+        found = {group.get("trady_plan") for group in state_dict["param_groups"]}
+        if found != {self.plan.fingerprint}:
+            raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {self.plan.fingerprint}")
+        self._check_idle([slot for group in self._slots for slot in group])
+        super().load_state_dict(state_dict)
+        if self.epoch is not None:
+            for slots in self._slots:
+                channels = self.plan.sample(self.epoch)
+                for slot in slots:
+                    slot.set(channels[slot.layer])
+            self._install(self.epoch)
+
+    def _step_group(self, group: dict[str, Any], slots: list[ChannelSlot]) -> None:
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        for parameter in group["params"][: len(group["params"]) - len(slots)]:
+            if parameter.grad is not None:
+                sgd_(parameter, self._unscaled(parameter.grad), lr, decay)
+        for slot in slots:
+            if slot.proxy.grad is not None:
+                values = slot.gather()
+                sgd_(values, self._unscaled(slot.proxy.grad), lr, decay)
+                slot.scatter_(values)
+
+    def _install(self, epoch: int) -> None:
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            group["params"][len(group["params"]) - len(slots) :] = [slot.proxy for slot in slots]
+            group["trady_epoch"] = epoch
+        self._applied = {}
+
+    def _check_slots(self, slots: list[ChannelSlot]) -> None:
+        for slot in slots:
+            if slot.plan != self.plan.fingerprint:
+                raise ValueError(f"layer {slot.layer!r}: the model was patched for plan {slot.plan}, the optimizer got plan "
+                                 f"{self.plan.fingerprint}")  # fmt: skip
+
+    def _check_idle(self, slots: list[ChannelSlot]) -> None:
+        for slot in slots:
+            if slot.is_waiting:
+                raise RuntimeError(f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, "
+                                   "before channels are drawn anew")  # fmt: skip
+            grad = slot.proxy.grad
+            applied, version = self._applied.get(slot, (None, -1))
+            if grad is not None and (grad is not applied or grad._version != version):
+                raise RuntimeError(f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before "
+                                   "channels are drawn anew")  # fmt: skip
+
+    def _found_inf(self) -> bool:
+        """Whether a GradScaler, which sets `found_inf` around step(), saw a gradient that is not finite."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        """The gradient without the factor of a GradScaler that left the unscaling to step()."""
+        scale = getattr(self, "grad_scale", None)
+        return grad if scale is None else grad / scale.to(grad.device)
+
+
+def sgd_(values: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
+    """One SGD step on values and their gradient, of one shape, in the order of torch.optim.SGD's operations."""
+    if weight_decay != 0:
+        grad = grad.add(values, alpha=weight_decay)
+    values.add_(grad, alpha=-lr)
+
+
+def _check_range(name: str, value: float | Tensor) -> None:
+    if not float(value) >= 0:
+        raise ValueError(f"{name} {value!r}: wanted a number of at least 0")

@@ -1,0 +1,267 @@
+"""Rank layers by their reweighted gradient norm (RGN), the paper's measure of what a unit of memory buys.
+
+For input channel c of a layer: g_c = ||dW[:, c]||_2 (eq. 6), RGN_c = g_c / cost_c (eq. 7), and the layer's RGN is the
+sum over its channels (eq. 8). Norms are taken step by step and added over the steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trady_triton.cost import CostModel, LayerShape, measure_call
+from trady_triton.registry import lean_type
+from trady_triton.serial import read_json, write_json
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """One layer that may be trained: its sizes and the raw gradient norm g_c of each input channel."""
+
+    name: str
+    shape: LayerShape
+    norms: tuple[float, ...]
+
+    def rgn(self, cost: CostModel) -> float:
+        """Layer RGN (eq. 8) under a cost model."""
+        return math.fsum(self.norms) / cost.channel_cost(self.shape)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Gradient norms of every layer that may be trained, in the order of the forward.
+
+    `head` names the modules that are always trained and take no part, `steps` counts the batches behind the norms.
+    """
+
+    layers: tuple[LayerNorms, ...]
+    head: tuple[str, ...]
+    steps: int
+
+    def order(self, cost: CostModel | None = None) -> tuple[str, ...]:
+        """Layer names, highest RGN first. The default cost is the paper's: elements, one sample."""
+        cost = cost or CostModel()
+        return tuple(layer.name for layer in sorted(self.layers, key=lambda layer: -layer.rgn(cost)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ranking as JSON."""
+        write_json(path, "ranking", asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ranking:
+        """Read a ranking that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or is damaged.
+        """
+        content = read_json(path, "ranking")
+        try:
+            layers = tuple(
+                LayerNorms(layer["name"], LayerShape.from_dict(layer["shape"]), tuple(layer["norms"]))
+                for layer in content["layers"]
+            )
+            return cls(layers, tuple(content["head"]), content["steps"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: the ranking is damaged ({error!r})") from error
+
+    def table(self, cost: CostModel | None = None) -> str:
+        """The layers in rank order as lines of text: rank, name, channels, cost of one, RGN, share, cumulative share."""
+        cost = cost or CostModel()
+        by_name = {layer.name: layer for layer in self.layers}
+        total = math.fsum(layer.rgn(cost) for layer in self.layers)
+        width = max(len(name) for name in by_name)
+        lines = [f"{'rank':>4}  {'layer':<{width}}  {'channels':>8}  {'cost each':>10}  {'RGN':>10}  {'share':>6}  {'sum':>6}"]
+        running = 0.0
+        for rank, name in enumerate(self.order(cost), 1):
+            layer = by_name[name]
+            rgn = layer.rgn(cost)
+            running += rgn
+            lines.append(
+                f"{rank:>4}  {name:<{width}}  {layer.shape.in_channels:>8}  {cost.channel_cost(layer.shape):>10}"
+                f"  {rgn:>10.3e}  {rgn / total:>6.1%}  {running / total:>6.1%}"
+            )
+        return "\n".join(lines)
+
+
+def rank_layers(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *,
+    head: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Ranking:
+    """Measure the channel gradient norms of every Conv2d and Linear over the given batches.
+
+    The model runs in eval mode (normalisation with its running statistics, no dropout) on the device where it is, and
+    is left as it was: weights, buffers, gradients, flags and random state. A weight gradient is reduced to its channel
+    norms and freed as soon as autograd has accumulated it, so no two of them live at the same time.
+
+    Args:
+        model: a network; `model(input)`, or `model(**input)` where the input is a mapping, is what the loss gets.
+        batches: an iterable of (input, target); the first dimension of the first input tensor is the batch.
+        loss_fn: `loss_fn(model(input), target)` -> a scalar.
+        head: names of the modules that fine-tuning trains whole; by default what `model.get_classifier()` returns, as
+            in timm, or else the last Conv2d or Linear of the forward.
+        seed: of the random state during the measurement, for losses or layers that draw.
+
+    Raises:
+        ValueError: no batches, no layer that could be ranked, an unknown head, or a norm that is not finite.
+    """
+    layers = _candidates(model)
+    with _borrowed(model, [layer.weight for layer in layers.values()], seed):
+        return _Measurement(model, layers, head).run(batches, loss_fn)
+
+
+class _Measurement:
+    """The running sums of one call of rank_layers."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Conv2d | nn.Linear], head: Sequence[str] | None) -> None:
+        self.model, self.layers, self.head = model, layers, head
+        self.shapes: dict[str, LayerShape] = {}
+        self.norms: dict[str, Tensor] = {}
+
+    def run(self, batches: Iterable[tuple[Any, Any]], loss_fn: Callable[[Any, Any], Tensor]) -> Ranking:
+        hooks = [
+            layer.weight.register_post_accumulate_grad_hook(self._reduce(name, layer))
+            for name, layer in self.layers.items()
+        ]
+        steps = 0
+        try:
+            for inputs, target in batches:
+                with self._shapes_recorded(inputs) if steps == 0 else torch.enable_grad():
+                    output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+                    loss_fn(output, target).backward()  # type: ignore[no-untyped-call]
+                steps += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self._ranking(steps)
+
+    def _reduce(self, name: str, layer: nn.Conv2d | nn.Linear) -> Callable[[Tensor], None]:
+        groups = getattr(layer, "groups", 1)
+
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            norms = channel_norms(weight.grad, groups)
+            weight.grad = None
+            self.norms[name] = self.norms[name] + norms if name in self.norms else norms
+
+        return hook
+
+    @contextmanager
+    def _shapes_recorded(self, inputs: Any) -> Iterator[None]:
+        """Record the sizes of every layer during the forward of one batch; a shared weight adds up its calls."""
+        batch = _batch_size(inputs)
+        owner = {id(layer.weight): name for name, layer in self.layers.items()}
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            name = owner[id(module.weight)]
+            shape = measure_call(module, args[0], y, batch)
+            self.shapes[name] = self.shapes[name].joined(shape) if name in self.shapes else shape
+
+        users = [m for m in self.model.modules() if id(getattr(m, "weight", None)) in owner]
+        hooks = [module.register_forward_hook(record) for module in users]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ranking(self, steps: int) -> Ranking:
+        if steps == 0:
+            raise ValueError("batches is empty: at least one (input, target) is needed to rank layers")
+        head = tuple(self.head) if self.head is not None else find_head(self.model, list(self.shapes))
+        trained_whole = _inside(self.model, head)
+        ranked = []
+        for name, shape in self.shapes.items():
+            if name in trained_whole or name not in self.norms:
+                continue
+            norms = tuple(self.norms[name].double().tolist())
+            if not all(map(math.isfinite, norms)):
+                raise ValueError(f"layer {name!r}: a gradient norm is not finite; check the batches and the loss")
+            ranked.append(LayerNorms(name, shape, norms))
+        if not ranked:
+            raise ValueError("no layer to rank: the model has no Conv2d or Linear outside its head that gets a gradient")
+        return Ranking(tuple(ranked), head, steps)
+
+
+def channel_norms(grad: Tensor, groups: int) -> Tensor:
+    """L2 norm of a dense weight gradient [O, C/G, ...] per input channel -> [C] (eq. 6)."""
+    grouped = grad.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return torch.linalg.vector_norm(grouped.flatten(1), dim=1)
+
+
+def find_head(model: nn.Module, called: Sequence[str]) -> tuple[str, ...]:
+    """Names of the classifier: `model.get_classifier()` as in timm, or the last of the layers in call order."""
+    if not hasattr(model, "get_classifier"):
+        return tuple(called[-1:])
+    found = model.get_classifier()
+    heads = {id(module) for module in (found if isinstance(found, tuple | list) else [found])}
+    return tuple(
+        name for name, module in model.named_modules() if id(module) in heads and any(True for _ in module.parameters())
+    )
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Layers of a taught type by name, one per weight; weights that an untaught module uses too are left out."""
+    layers: dict[str, nn.Conv2d | nn.Linear] = {}
+    foreign: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and lean_type(type(module)) is not None:
+            if all(layer.weight is not module.weight for layer in layers.values()):
+                layers[name] = module
+        else:
+            foreign.update(id(parameter) for parameter in module.parameters(recurse=False))
+    return {name: layer for name, layer in layers.items() if id(layer.weight) not in foreign}
+
+
+def _inside(model: nn.Module, names: Sequence[str]) -> set[str]:
+    """Names of the given modules and of everything inside them."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"head {name!r}: the model has no module of that name")
+    return {f"{name}.{inner}".rstrip(".") for name in names for inner, _ in modules[name].named_modules()}
+
+
+def _batch_size(inputs: Any) -> int:
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(first, Tensor) or first.dim() == 0:
+        raise TypeError(f"a batch of type {type(first).__name__}: wanted a tensor, or a mapping of tensors, batch first")
+    return first.shape[0]
+
+
+@contextmanager
+def _borrowed(model: nn.Module, weights: list[Tensor], seed: int) -> Iterator[None]:
+    """Run a model in eval mode with gradients for `weights` alone; flags, gradients and random state come back."""
+    training = {module: module.training for module in model.modules()}
+    flags = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    wanted = {id(weight) for weight in weights}
+    devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
+    try:
+        model.eval()
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, (flag, grad) in flags.items():
+            parameter.requires_grad_(flag).grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)

@@ -1,0 +1,152 @@
+"""ChannelSlot: which input channels of one weight are trained now, and the leaf where their gradient arrives.
+
+Shapes: C input channels, O output channels, G groups, K drawn channels; conv weight [O, C/G, R, S], Linear [O, C].
+The compact gradient is channel-major for every layer, [K, O/G, R, S] or [K, O]: row i is dW of channel `channels[i]`.
+
+`.grad` of a weight must have the weight's shape, so the compact gradient needs a leaf of its own. The proxy is such a
+leaf with the storage of a single element: it is passed to the autograd Function, which returns the gradient for it.
+Hooks, accumulation, clipping and GradScaler see an ordinary small parameter; no state_dict knows it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATTRIBUTE = "trady_slot"
+
+
+class Ticket:
+    """A forward that kept channels of a draw and waits for its backward."""
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
+        draw.waiting.add(self)
+
+    def redeem(self) -> None:
+        """The backward ran.
+
+        Raises:
+            RuntimeError: the channels were drawn anew since the forward, so the gradient would be lost.
+        """
+        if self.draw.replaced:
+            raise RuntimeError("this backward belongs to a forward before the last resample(): its gradient is lost")
+        self.draw.waiting.discard(self)
+
+
+class Draw:
+    """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient."""
+
+    def __init__(self, channels: Tensor, proxy: Tensor) -> None:
+        self.channels = channels
+        self.proxy = proxy
+        self.replaced = False
+        self.waiting: weakref.WeakSet[Ticket] = weakref.WeakSet()
+
+
+class ChannelSlot:
+    """The channels and the proxy of one weight. Starts with no channel drawn."""
+
+    def __init__(self, layer: str, weight: nn.Parameter, groups: int, plan: str) -> None:
+        """`layer` names the weight in errors, `plan` is the fingerprint of the plan that it belongs to."""
+        self.layer = layer
+        self.weight = weight
+        self.groups = groups
+        self.plan = plan
+        self.draw = self._make_draw(())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep the channels; proxy, gradients and waiting forwards belong to this slot alone."""
+        return {**self.__dict__, "draw": self.draw.channels.tolist()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        channels = state.pop("draw")
+        self.__dict__.update(state)
+        self.draw = self._make_draw(channels)
+
+    @property
+    def channels(self) -> Tensor:
+        """Ids of the drawn input channels, [K] int64, ascending."""
+        return self.draw.channels
+
+    @property
+    def proxy(self) -> Tensor:
+        """The leaf [K, O/G, *kernel_size] whose `.grad` is the compact weight gradient."""
+        return self.draw.proxy
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a forward has kept channels of this draw and its backward has not run."""
+        return len(self.draw.waiting) > 0
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the weight changed device or dtype after the draw."""
+        return self.proxy.device != self.weight.device or self.proxy.dtype != self.weight.dtype
+
+    def set(self, channels: Sequence[int]) -> None:
+        """Install a draw: channel ids in [0, C), no id twice."""
+        draw = self._make_draw(channels)
+        self.draw.replaced = True
+        self.draw = draw
+
+    def gather(self) -> Tensor:
+        """Copy of the drawn part of the weight, [K, O/G, *kernel_size]."""
+        view, index = self._grouped_view()
+        return view[index]
+
+    def scatter_(self, values: Tensor) -> None:
+        """Write [K, O/G, *kernel_size] into the drawn part of the weight; the rest is not touched."""
+        view, index = self._grouped_view()
+        view[index] = values
+
+    def _grouped_view(self) -> tuple[Tensor, tuple[Tensor, slice, Tensor]]:
+        """W as [G, O/G, C/G, ...] and the index that picks the drawn channels from it."""
+        view = self.weight.detach().unflatten(0, (self.groups, -1))
+        group_size = view.shape[2]
+        return view, (self.channels // group_size, slice(None), self.channels % group_size)
+
+    def _make_draw(self, channels: Sequence[int]) -> Draw:
+        weight = self.weight
+        in_channels = weight.shape[1] * self.groups
+        ids = sorted(set(channels))
+        if len(ids) != len(channels) or (ids and not 0 <= ids[0] <= ids[-1] < in_channels):
+            raise ValueError(f"layer {self.layer!r}: channels {list(channels)}, wanted distinct ids in [0, {in_channels})")
+        shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
+        proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape)
+        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy.requires_grad_(len(ids) > 0))
+
+
+class _Link:
+    """What a weight carries of its slot. Pickles as an empty link: a loaded weight belongs to no slot."""
+
+    def __init__(self, slot: ChannelSlot | None = None) -> None:
+        self.slot = slot
+
+    def __reduce__(self) -> tuple[type[_Link], tuple[()]]:
+        return _Link, ()
+
+
+def attach_slot(slot: ChannelSlot) -> None:
+    """Make the slot reachable from its weight, so that an optimizer that is given parameters finds it.
+
+    The link survives `.to()` and `load_state_dict`, but neither a deepcopy nor a pickle: a copied model has no slots
+    to train until a plan is applied to it.
+    """
+    setattr(slot.weight, _ATTRIBUTE, _Link(slot))
+
+
+def find_slot(weight: Tensor) -> ChannelSlot | None:
+    """The slot of a weight, or None."""
+    link = getattr(weight, _ATTRIBUTE, None)
+    return link.slot if isinstance(link, _Link) else None
+
+
+def detach_slot(weight: Tensor) -> None:
+    """Forget the slot of a weight."""
+    if hasattr(weight, _ATTRIBUTE):
+        delattr(weight, _ATTRIBUTE)
