@@ -56,22 +56,31 @@ def lean_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: ChannelSlo
 
 def _current_draw(weight: Tensor, slot: ChannelSlot | None) -> Draw | None:
     if weight.requires_grad:
-        raise RuntimeError("the weight of a lean layer requires a gradient, which nothing computes: leave requires_grad "
-                           "as apply_plan set it, or remove_plan(model) first")  # fmt: skip
+        raise RuntimeError(
+            "the weight of a lean layer requires a gradient, which nothing would compute: leave requires_grad as "
+            "apply_plan set it, or call remove_plan(model) first"
+        )
     if slot is None or slot.channels.numel() == 0 or not torch.is_grad_enabled():
         return None
     if slot.is_stale:
-        raise RuntimeError(f"layer {slot.layer!r}: the weight is {weight.dtype} on {weight.device}, its channels were drawn "
-                           f"for {slot.proxy.dtype} on {slot.proxy.device}; call optimizer.resample(epoch)")  # fmt: skip
+        raise RuntimeError(
+            f"layer {slot.layer!r}: the weight is {weight.dtype} on {weight.device}, its channels were drawn for "
+            f"{slot.proxy.dtype} on {slot.proxy.device}; call optimizer.resample(epoch)"
+        )
     return slot.draw
 
 
 class _LeanConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, proxy: Tensor | None, draw: Draw | None,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        proxy: Tensor | None,
+        draw: Draw | None,
         geometry: ConvGeometry,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         y, seen = _conv_fprop(x, weight, bias, geometry)
         store = None
         if ctx.needs_input_grad[3] and draw is not None:
@@ -185,9 +194,15 @@ def _conv_wgrad(
 
 
 def _convolution_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...], groups: int, wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
     """(dX, dW) of a convolution; of an operand whose gradient alone is wanted only the shape matters."""
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)

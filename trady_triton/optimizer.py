@@ -34,20 +34,21 @@ class TraDyOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(
-        self, params: Iterable[Any], plan: Plan, lr: float | Tensor = 1e-3, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], plan: Plan, lr: float | Tensor = 1e-3, weight_decay: float = 0.0) -> None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model")
         self.plan = plan
         self._slots: list[list[ChannelSlot]] = []
         self._applied: dict[ChannelSlot, tuple[Tensor, int]] = {}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint}
+        super().__init__(params, defaults)
         missing = set(plan.pool) - {slot.layer for slots in self._slots for slot in slots}
         if missing:
-            raise ValueError(f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
-                             f"{min(missing)!r}: call apply_plan(model, plan) first, and give the parameters of that very "
-                             "model; a deepcopy needs remove_plan and apply_plan of its own")  # fmt: skip
+            raise ValueError(
+                f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
+                f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
+                "deepcopy needs remove_plan and apply_plan of its own"
+            )
 
     @property
     def epoch(self) -> int | None:
@@ -64,7 +65,8 @@ class TraDyOptimizer(Optimizer):
         named = [item if isinstance(item, tuple) else (None, item) for item in given]
         slots = [slot for _, weight in named if (slot := find_slot(weight)) is not None]
         self._check_slots(slots)
-        kept = [(name, p) for name, p in named if p.requires_grad] + [(f"{s.layer}.weight[:, channels]", s.proxy) for s in slots]
+        kept = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        kept += [(f"{slot.layer}.weight[:, channels]", slot.proxy) for slot in slots]
         is_named = any(isinstance(item, tuple) for item in given)
         super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
         self._slots.append(slots)
@@ -111,8 +113,8 @@ class TraDyOptimizer(Optimizer):
         if not self._found_inf():
             for group, slots in zip(self.param_groups, self._slots, strict=True):
                 self._step_group(group, slots)
-        self._applied = {slot: (slot.proxy.grad, slot.proxy.grad._version) for slots in self._slots for slot in slots
-                         if slot.proxy.grad is not None}  # fmt: skip
+        grads = {slot: slot.proxy.grad for slots in self._slots for slot in slots}
+        self._applied = {slot: (grad, grad._version) for slot, grad in grads.items() if grad is not None}
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,19 +155,25 @@ class TraDyOptimizer(Optimizer):
     def _check_slots(self, slots: list[ChannelSlot]) -> None:
         for slot in slots:
             if slot.plan != self.plan.fingerprint:
-                raise ValueError(f"layer {slot.layer!r}: the model was patched for plan {slot.plan}, the optimizer got plan "
-                                 f"{self.plan.fingerprint}")  # fmt: skip
+                raise ValueError(
+                    f"layer {slot.layer!r}: plan {slot.plan} was applied to the model, the optimizer got plan "
+                    f"{self.plan.fingerprint}"
+                )
 
     def _check_idle(self, slots: list[ChannelSlot]) -> None:
         for slot in slots:
             if slot.is_waiting:
-                raise RuntimeError(f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, "
-                                   "before channels are drawn anew")  # fmt: skip
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, before "
+                    "channels are drawn anew"
+                )
             grad = slot.proxy.grad
             applied, version = self._applied.get(slot, (None, -1))
             if grad is not None and (grad is not applied or grad._version != version):
-                raise RuntimeError(f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before "
-                                   "channels are drawn anew")  # fmt: skip
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before channels are "
+                    "drawn anew"
+                )
 
     def _found_inf(self) -> bool:
         """Whether a GradScaler, which sets `found_inf` around step(), saw a gradient that is not finite."""

@@ -82,15 +82,17 @@ class Plan:
         draws = [{name: len(ids) for name, ids in self.sample(epoch).items()} for epoch in range(epochs)]
         mean = {name: sum(draw[name] for draw in draws) / epochs for name in self.pool}
         drawn = [(self.shapes[name], count) for name, count in mean.items()]
-        everything = self.shapes.values()
+        weights = sum(shape.weights for shape in self.shapes.values())
+        inputs = sum(shape.inputs for shape in self.shapes.values())
+        flops = sum(shape.dense_flops for shape in self.shapes.values())
         return Savings(
             epochs=epochs,
             channels=sum(mean.values()),
             used=sum(count * self.cost.channel_cost(shape) for shape, count in drawn),
-            weight_saving=1 - sum(n * s.channel_weights for s, n in drawn) / sum(s.weights for s in everything),
-            activation_saving=1 - sum(n * s.in_positions for s, n in drawn) / sum(s.inputs for s in everything),
-            wgrad_flops_saving=1 - sum(n * s.channel_wgrad_flops for s, n in drawn) / sum(s.dense_flops for s in everything),
-        )  # fmt: skip
+            weight_saving=1 - sum(count * shape.channel_weights for shape, count in drawn) / weights,
+            activation_saving=1 - sum(count * shape.in_positions for shape, count in drawn) / inputs,
+            wgrad_flops_saving=1 - sum(count * shape.channel_wgrad_flops for shape, count in drawn) / flops,
+        )
 
     @property
     def total_elements(self) -> int:
@@ -148,8 +150,8 @@ def make_plan(
 ) -> Plan:
     """Choose the pool of layers and fix the budget.
 
-    The layers are ordered by RGN under the plan's own cost. The pool is the shortest prefix that holds `coverage` of
-    the whole RGN, or the first `k` layers, or exactly `layers`.
+    The layers of which a channel fits the budget are ordered by RGN under the plan's own cost. The pool is the
+    shortest prefix that holds `coverage` of their RGN, or the first `k` of them, or exactly `layers`.
 
     Args:
         ranking: what `rank_layers` measured.
@@ -179,9 +181,11 @@ def make_plan(
     if in_bytes:
         sizes = dtype.itemsize, (activation_dtype or dtype).itemsize
         cost = CostModel(batch_size, *sizes, unit="bytes", depthwise=cost_model)
-    pool = tuple(layers) if layers is not None else _choose_pool(ranking, cost, coverage, k)
     shapes = {layer.name: layer.shape for layer in ranking.layers}
-    _check_pool(pool, shapes, cost, limit)
+    if layers is not None:
+        _check_names(layers, shapes)
+    _check_budget(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
+    pool = tuple(layers) if layers is not None else _choose_pool(ranking, cost, limit, coverage, k)
     return Plan(shapes, pool, ranking.head, limit, cost, fill, seed, train_bias, train_norm)
 
 
@@ -189,37 +193,42 @@ def parse_budget(budget: int | str) -> tuple[int, bool]:
     """(amount, whether it counts bytes): 27946 -> (27946, False), "256KiB" -> (262144, True)."""
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget, False
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*", budget, re.IGNORECASE) if isinstance(budget, str) else None
+    pattern = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*"
+    match = re.fullmatch(pattern, budget, re.IGNORECASE) if isinstance(budget, str) else None
     if match and match[2].upper() in _BYTES and float(match[1]) > 0:
         return int(float(match[1]) * _BYTES[match[2].upper()]), True
     raise ValueError(f"budget {budget!r}: wanted a positive integer (elements, one sample) or bytes such as '256KiB'")
 
 
-def _choose_pool(ranking: Ranking, cost: CostModel, coverage: float, k: int | None) -> tuple[str, ...]:
-    order = ranking.order(cost)
+def _choose_pool(ranking: Ranking, cost: CostModel, budget: int, coverage: float, k: int | None) -> tuple[str, ...]:
+    rgn = {layer.name: layer.rgn(cost) for layer in ranking.layers if cost.channel_cost(layer.shape) <= budget}
+    order = [name for name in ranking.order(cost) if name in rgn]
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(order):
-            raise ValueError(f"k {k!r}: wanted an integer from 1 to the {len(order)} ranked layers")
-        return order[:k]
+            raise ValueError(f"k {k!r}: wanted an integer from 1 to the {len(order)} layers of which a channel fits")
+        return tuple(order[:k])
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage {coverage!r}: wanted a share in (0, 1]")
-    rgn = {layer.name: layer.rgn(cost) for layer in ranking.layers}
     wanted = coverage * math.fsum(rgn.values())
-    for count in range(1, len(order) + 1):
+    for count in range(1, len(order)):
         if math.fsum(rgn[name] for name in order[:count]) >= wanted:
-            return order[:count]
-    return order
+            return tuple(order[:count])
+    return tuple(order)
 
 
-def _check_pool(pool: tuple[str, ...], shapes: Mapping[str, LayerShape], cost: CostModel, budget: int) -> None:
-    unknown = [name for name in pool if name not in shapes]
-    if unknown or not pool or len(set(pool)) != len(pool):
-        raise ValueError(f"layers {list(pool)}: wanted distinct names out of the ranking's {len(shapes)} layers; "
-                         f"unknown: {unknown or 'none'}")  # fmt: skip
-    cheapest = min(pool, key=lambda name: cost.channel_cost(shapes[name]))
-    least = cost.channel_cost(shapes[cheapest])
-    if budget < least:
-        raise ValueError(f"budget of {budget} {cost.unit} fits no channel of the pool: the smallest workable budget is "
-                         f"{least} {cost.unit}, one channel of layer {cheapest!r}")  # fmt: skip
+def _check_names(layers: Sequence[str], shapes: Mapping[str, LayerShape]) -> None:
+    unknown = [name for name in layers if name not in shapes]
+    if unknown or not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"layers {list(layers)}: wanted distinct names out of the ranking's {len(shapes)} layers; unknown: "
+            f"{unknown or 'none'}"
+        )
 
 
+def _check_budget(budget: int, costs: Mapping[str, int], unit: str) -> None:
+    cheapest = min(costs, key=lambda name: costs[name])
+    if budget < costs[cheapest]:
+        raise ValueError(
+            f"budget of {budget} {unit} fits no channel: the smallest workable budget is {costs[cheapest]} {unit}, one "
+            f"channel of layer {cheapest!r}"
+        )

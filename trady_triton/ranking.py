@@ -73,12 +73,13 @@ class Ranking:
             raise ValueError(f"{path}: the ranking is damaged ({error!r})") from error
 
     def table(self, cost: CostModel | None = None) -> str:
-        """The layers in rank order as lines of text: rank, name, channels, cost of one, RGN, share, cumulative share."""
+        """The layers in rank order as text: channels, cost of one, RGN, its share of the whole and the running sum."""
         cost = cost or CostModel()
         by_name = {layer.name: layer for layer in self.layers}
         total = math.fsum(layer.rgn(cost) for layer in self.layers)
         width = max(len(name) for name in by_name)
-        lines = [f"{'rank':>4}  {'layer':<{width}}  {'channels':>8}  {'cost each':>10}  {'RGN':>10}  {'share':>6}  {'sum':>6}"]
+        titles = f"{'rank':>4}  {'layer':<{width}}  {'channels':>8}  {'cost each':>10}"
+        lines = [f"{titles}  {'RGN':>10}  {'share':>6}  {'sum':>6}"]
         running = 0.0
         for rank, name in enumerate(self.order(cost), 1):
             layer = by_name[name]
@@ -114,8 +115,11 @@ def rank_layers(
         seed: of the random state during the measurement, for losses or layers that draw.
 
     Raises:
-        ValueError: no batches, no layer that could be ranked, an unknown head, or a norm that is not finite.
+        ValueError: no batches, no layer that could be ranked, an unknown head, a norm that is not finite, or a model
+            that has a plan already.
     """
+    if hasattr(model, "trady"):
+        raise ValueError("the model has a plan already: call remove_plan(model) before it is ranked")
     layers = _candidates(model)
     with _borrowed(model, [layer.weight for layer in layers.values()], seed):
         return _Measurement(model, layers, head).run(batches, loss_fn)
@@ -131,7 +135,7 @@ class _Measurement:
 
     def run(self, batches: Iterable[tuple[Any, Any]], loss_fn: Callable[[Any, Any], Tensor]) -> Ranking:
         hooks = [
-            layer.weight.register_post_accumulate_grad_hook(self._reduce(name, layer))
+            layer.weight.register_post_accumulate_grad_hook(self._reduce(name, layer))  # type: ignore[no-untyped-call]
             for name, layer in self.layers.items()
         ]
         steps = 0
@@ -191,21 +195,23 @@ class _Measurement:
                 raise ValueError(f"layer {name!r}: a gradient norm is not finite; check the batches and the loss")
             ranked.append(LayerNorms(name, shape, norms))
         if not ranked:
-            raise ValueError("no layer to rank: the model has no Conv2d or Linear outside its head that gets a gradient")
+            raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient")
         return Ranking(tuple(ranked), head, steps)
 
 
 def channel_norms(grad: Tensor, groups: int) -> Tensor:
     """L2 norm of a dense weight gradient [O, C/G, ...] per input channel -> [C] (eq. 6)."""
-    grouped = grad.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return torch.linalg.vector_norm(grouped.flatten(1), dim=1)
+    grouped = grad.view(groups, grad.shape[0] // groups, *grad.shape[1:])
+    norms: Tensor = torch.linalg.vector_norm(grouped, dim=[1, *range(3, grouped.dim())])
+    return norms.flatten()
 
 
 def find_head(model: nn.Module, called: Sequence[str]) -> tuple[str, ...]:
     """Names of the classifier: `model.get_classifier()` as in timm, or the last of the layers in call order."""
-    if not hasattr(model, "get_classifier"):
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is None:
         return tuple(called[-1:])
-    found = model.get_classifier()
+    found = get_classifier()
     heads = {id(module) for module in (found if isinstance(found, tuple | list) else [found])}
     return tuple(
         name for name, module in model.named_modules() if id(module) in heads and any(True for _ in module.parameters())
@@ -237,7 +243,7 @@ def _inside(model: nn.Module, names: Sequence[str]) -> set[str]:
 def _batch_size(inputs: Any) -> int:
     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
     if not isinstance(first, Tensor) or first.dim() == 0:
-        raise TypeError(f"a batch of type {type(first).__name__}: wanted a tensor, or a mapping of tensors, batch first")
+        raise TypeError(f"batch of type {type(first).__name__}: wanted a tensor or a mapping of tensors")
     return first.shape[0]
 
 

@@ -106,7 +106,8 @@ class ChannelSlot:
 
     def _grouped_view(self) -> tuple[Tensor, tuple[Tensor, slice, Tensor]]:
         """W as [G, O/G, C/G, ...] and the index that picks the drawn channels from it."""
-        view = self.weight.detach().unflatten(0, (self.groups, -1))
+        weight = self.weight.detach()
+        view = weight.view(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
         group_size = view.shape[2]
         return view, (self.channels // group_size, slice(None), self.channels % group_size)
 
@@ -115,7 +116,9 @@ class ChannelSlot:
         in_channels = weight.shape[1] * self.groups
         ids = sorted(set(channels))
         if len(ids) != len(channels) or (ids and not 0 <= ids[0] <= ids[-1] < in_channels):
-            raise ValueError(f"layer {self.layer!r}: channels {list(channels)}, wanted distinct ids in [0, {in_channels})")
+            raise ValueError(
+                f"layer {self.layer!r}: channels {list(channels)}, wanted distinct ids in [0, {in_channels})"
+            )
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
         proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape)
         return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy.requires_grad_(len(ids) > 0))

@@ -1,0 +1,1 @@
+"""The trady command: the training loop behind it, data, checkpoints, plots and reports."""

@@ -21,10 +21,10 @@ class LeanConv2d(nn.Conv2d):
 
     def geometry(self, x: Tensor) -> ConvGeometry:
         """How the layer reads x [N, C, H, W]."""
-        left, right, top, bottom = overhang = tuple(self._reversed_padding_repeated_twice)
+        left, right, top, bottom = self._reversed_padding_repeated_twice
         stride, dilation = tuple(self.stride), tuple(self.dilation)
         if self.padding_mode != "zeros":
             return ConvGeometry(stride, (0, 0), dilation, self.groups)
         if left == right and top == bottom:
             return ConvGeometry(stride, (top, left), dilation, self.groups)
-        return ConvGeometry(stride, (0, 0), dilation, self.groups, overhang)
+        return ConvGeometry(stride, (0, 0), dilation, self.groups, (left, right, top, bottom))

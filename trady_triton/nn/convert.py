@@ -45,7 +45,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     _check_fits(model, plan)
     trained = _trained_parameters(model, plan)
     modules = dict(model.named_modules())
-    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(model, name, module, plan))}
+    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan))}
     model.trady = AppliedPlan(  # type: ignore[assignment]
         plan,
         {name: type(modules[name]) for name in swaps},
@@ -85,11 +85,14 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         module = modules.get(name)
         if not isinstance(module, nn.Conv2d | nn.Linear):
             found = type(module).__name__ if name in modules else "no module"
-            raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, the model has {found}; rank this model")
+            raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, found {found}; rank this model")
         if lean_type(type(module)) is None:
             raise ValueError(f"layer {name!r}: nobody taught a lean form of {type(module).__name__}; see register_lean")
-        if (found_sizes := _sizes(module)) != (wanted := _planned_sizes(shape)):
-            raise ValueError(f"layer {name!r}: (in, out, groups, kernel) is {found_sizes}, the plan wants {wanted}; rank this model")
+        found_sizes, wanted = _sizes(module), _planned_sizes(shape)
+        if found_sizes != wanted:
+            raise ValueError(
+                f"layer {name!r}: (in, out, groups, kernel) is {found_sizes}, the plan wants {wanted}; rank this model"
+            )
     for name in plan.head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
@@ -110,13 +113,13 @@ def _trained_parameters(model: nn.Module, plan: Plan) -> set[int]:
     modules = dict(model.named_modules())
     chosen = [parameter for name in plan.head for parameter in modules[name].parameters()]
     if plan.train_bias:
-        chosen += [bias for name in plan.shapes if (bias := modules[name].bias) is not None]  # type: ignore[misc]
+        chosen += [bias for name in plan.shapes if isinstance(bias := modules[name].bias, nn.Parameter)]
     if plan.train_norm:
         chosen += [p for module in modules.values() if isinstance(module, _NORM_TYPES) for p in module.parameters()]
     return {id(parameter) for parameter in chosen}
 
 
-def _lean_class(model: nn.Module, name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
+def _lean_class(name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
     """The lean class of a module outside the head, if its type was taught."""
     in_head = any(name == head or name.startswith(head + ".") for head in plan.head)
     return None if in_head else lean_type(type(module))

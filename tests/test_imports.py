@@ -1,0 +1,69 @@
+"""The table of who may import whom; the rooms below stay free of the rooms above."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = {"torch", "einops"}
+# Room -> what it may import besides the standard library and itself. `plan` calls `sampling`, so that
+# `plan.sample(epoch)` exists and the samplers stay functions of plain numbers.
+ALLOWED = {
+    "serial": set(),
+    "cost": {"torch"},
+    "sampling": {"torch"},
+    "registry": {"torch"},
+    "slot": {"torch"},
+    "ranking": {"torch", "cost", "registry", "serial"},
+    "plan": {"torch", "cost", "ranking", "sampling", "serial"},
+    "functional": {*CORE, "cost", "slot"},
+    "nn": {*CORE, "cost", "functional", "plan", "registry", "slot"},
+    "optimizer": {"torch", "plan", "slot"},
+    "__init__": {"nn", "optimizer", "plan", "ranking"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of trady_triton and packages from elsewhere that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(f"{node.module}.{node.names[0].name}" if node.module == "trady_triton" else node.module)
+    rooms = {name.split(".")[1] if name.startswith("trady_triton.") else name.split(".")[0] for name in names}
+    return rooms - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_it_may(room):
+    path = ROOT / "trady_triton" / room
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files
+    for file in files:
+        assert imported(file) <= ALLOWED[room] | {room}, file
+
+
+def test_every_room_is_in_the_table():
+    rooms = {
+        path.stem
+        for path in (ROOT / "trady_triton").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"app"} == set(ALLOWED)
+
+
+def test_the_core_needs_neither_timm_nor_triton():
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['timm'] = None\n"
+        "import torch, trady_triton as t\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))\n"
+        "ranking = t.rank_layers(net, [(torch.ones(2, 4), None)], lambda y, _: y.sum())\n"
+        "plan = t.make_plan(ranking, budget=20)\n"
+        "optimizer = t.TraDyOptimizer(t.apply_plan(net, plan).parameters(), plan)\n"
+        "optimizer.resample(0); net(torch.ones(2, 4)).sum().backward(); optimizer.step()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
