@@ -118,7 +118,9 @@ class PaperNet(nn.Module):
         self.stem_act = nn.ReLU6(inplace=True)
         rows = cfg.blocks()
         widths = [STEM_CHANNELS, *(row.channels for row in rows)]
-        self.blocks = nn.Sequential(*(InvertedResidual(*shape, norm_layer) for shape in zip(widths, rows, strict=False)))
+        self.blocks = nn.Sequential(
+            *(InvertedResidual(*shape, norm_layer) for shape in zip(widths, rows, strict=False))
+        )
         self.feature_info = _feature_info(rows)
         self.num_features = self.head_hidden_size = widths[-1]
         self.has_feature_mix = feature_mix and cfg.mix_channels > 0
@@ -197,7 +199,7 @@ _CFG = {
     "url": "", "num_classes": 1000, "input_size": (3, 128, 128), "pool_size": (4, 4), "crop_pct": 0.875, "interpolation": "bicubic",
     "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "first_conv": "stem", "classifier": "fc",
 }  # fmt: skip
-default_cfgs = generate_default_cfgs({name: _CFG for name in ARCHS})
+default_cfgs = generate_default_cfgs(dict.fromkeys(ARCHS, _CFG))
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -38,6 +38,8 @@ def su_layers(net_name: str, scheme: str) -> dict[str, float]:
     if net_name not in SCHEMES:
         raise ValueError(f"net {net_name!r} has no Sparse Update scheme; known nets: {', '.join(SCHEMES)}")
     if scheme not in SCHEMES[net_name]:
-        raise ValueError(f"scheme {scheme!r} of net {net_name!r} is unknown; known schemes: {', '.join(SCHEMES[net_name])}")
+        raise ValueError(
+            f"scheme {scheme!r} of net {net_name!r} is unknown; known schemes: {', '.join(SCHEMES[net_name])}"
+        )
     names = conv_names(net_name)
     return {names[layer]: ratio for layer, ratio in zip(*SCHEMES[net_name][scheme], strict=True) if ratio > 0}

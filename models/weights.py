@@ -10,6 +10,7 @@ from torch import nn
 
 _HEAD = ("fc.weight", "fc.bias")
 
+
 def load_folded_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     """Load a file of folded weights into `timm.create_model(name, norm_layer=nn.Identity, feature_mix=False)`.
 

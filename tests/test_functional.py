@@ -230,9 +230,9 @@ def test_autocast_stores_what_the_product_saw(case):
     weight.data = weight.data.float()
     slot.set([0, 2])
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = lean_conv2d(x, weight, bias, slot, geometry) if case == "conv" else lean_linear(x, weight, bias, slot)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with keep, torch.autocast("cpu", torch.bfloat16):
+        y = lean_conv2d(x, weight, bias, slot, geometry) if case == "conv" else lean_linear(x, weight, bias, slot)
     assert y.dtype == torch.bfloat16
     assert [t.dtype for t in kept] == [torch.float32, torch.bfloat16]
     assert kept[0].data_ptr() == weight.data_ptr()  # no low-precision copy of a frozen weight

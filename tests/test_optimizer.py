@@ -115,7 +115,7 @@ def test_accumulated_micro_batches_equal_one_batch():
 
 
 def test_clipping_over_the_groups_sees_compact_and_dense_gradients():
-    net, plan, optimizer = planned()
+    net, _, optimizer = planned()
     dense = toy_net()
     channels = optimizer.resample(0)
     for model in (net, dense):
@@ -130,7 +130,7 @@ def test_resampling_the_installed_epoch_changes_nothing():
     net, _, optimizer = planned()
     optimizer.resample(3)
     F.cross_entropy(net(toy_batches()[0][0]), toy_batches()[0][1]).backward()
-    proxies = [p for p in optimizer.param_groups[0]["params"]]
+    proxies = list(optimizer.param_groups[0]["params"])
     optimizer.resample(3)
     assert all(a is b for a, b in zip(proxies, optimizer.param_groups[0]["params"], strict=True))
     assert optimizer.epoch == 3
@@ -172,7 +172,7 @@ def test_step_without_resample_is_an_error():
 
 
 def test_state_resumes_bit_for_bit():
-    net, plan, optimizer = planned(weight_decay=0.1)
+    net, _, optimizer = planned(weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     batches = toy_batches(3)
     for epoch in range(2):
@@ -274,7 +274,7 @@ def test_models_without_the_plan_are_refused():
     with pytest.raises(ValueError, match=r"5 of the plan's 5 layers.*apply_plan"):
         TraDyOptimizer(net.parameters(), plan)
     apply_plan(net, plan)
-    with pytest.raises(ValueError, match="4 of the plan's 5 layers.*'depthwise'"):
+    with pytest.raises(ValueError, match=r"4 of the plan's 5 layers.*'depthwise'"):
         TraDyOptimizer(list(net.parameters())[-4:], plan)
     with pytest.raises(ValueError, match="was applied to the model"):
         TraDyOptimizer(net.parameters(), toy_plan(toy_net(), seed=9))

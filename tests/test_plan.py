@@ -78,7 +78,7 @@ def test_layers_that_no_channel_fits_take_no_part():
     ranking = Ranking((dear, *ranking_of({"a": 3, "b": 1}).layers), (), 1)
     assert make_plan(ranking, budget=999, coverage=0.7).pool == ("a",)
     assert make_plan(ranking, budget=1010, coverage=0.7).pool == ("dear",)
-    with pytest.raises(ValueError, match="k 3: .*2 layers"):
+    with pytest.raises(ValueError, match=r"k 3: .*2 layers"):
         make_plan(ranking, budget=999, k=3)
 
 

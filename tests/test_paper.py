@@ -1,0 +1,72 @@
+"""The paper's numbers: what our accounting and our draw give for its networks, budgets and order of layers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import trady_triton.models  # noqa: F401, registers the paper's nets
+
+from trady_triton import Plan, Ranking, make_plan, rank_layers
+from trady_triton.ranking import LayerNorms
+
+FIGURE_9 = json.loads((Path(__file__).parent / "data" / "mobilenetv2_w035_fig9.json").read_text())
+
+
+def ranked(name: str) -> Ranking:
+    net = timm.create_model(name, num_classes=10)
+    return rank_layers(net, [(torch.randn(1, 3, 128, 128), torch.tensor([0]))], F.cross_entropy)
+
+
+@pytest.fixture(scope="module")
+def paper_ranking() -> Ranking:
+    """MobileNetV2-w0.35 with the layer norms of Fig. 9, spread evenly over the channels."""
+    layers = ranked("mobilenetv2_w035").layers
+    norms = [
+        (raw / layer.shape.in_channels,) * layer.shape.in_channels
+        for layer, raw in zip(layers, FIGURE_9["raw"], strict=True)
+    ]
+    return Ranking(tuple(LayerNorms(x.name, x.shape, n) for x, n in zip(layers, norms, strict=True)), ("fc",), 1)
+
+
+def paper_plan(ranking: Ranking, budget: int, **options: object) -> Plan:
+    return make_plan(ranking, budget=budget, cost_model="paper", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "total"),
+    [("mobilenetv2_w035", 52, 1252320), ("mcunet_in1", 42, 1309808), ("proxylessnas_w03", 61, 1162032)],
+)
+def test_elements_of_the_three_networks(name, layers, total):
+    plan = make_plan(ranked(name), budget=27946)
+    assert len(plan.shapes) == layers
+    assert plan.total_elements == total
+
+
+def test_the_rgn_of_our_costs_gives_the_papers_order_and_its_35_layers(paper_ranking):
+    plan = paper_plan(paper_ranking, 27946)
+    index = {name: i for i, name in enumerate(plan.shapes)}
+    assert [index[name] for name in plan.pool] == FIGURE_9["order"][:35]
+
+
+def test_pool_memory_and_the_shares_of_the_budgets(paper_ranking):
+    plan = paper_plan(paper_ranking, 27946, k=35)
+    assert plan.pool_cost == 546608
+    shares = [budget / plan.pool_cost for budget in (27946, 66592, 93696)]
+    assert shares == pytest.approx([0.051, 0.122, 0.171], abs=5e-4)
+
+
+def test_savings_of_the_uniform_draw_over_300_epochs(paper_ranking):
+    savings = paper_plan(paper_ranking, 27946, k=35).expected(300)
+    assert savings.weight_saving == pytest.approx(0.952, abs=0.003)
+    assert savings.activation_saving == pytest.approx(0.985, abs=0.001)
+    assert savings.wgrad_flops_saving == pytest.approx(0.974, abs=0.002)
+    assert savings.channels == pytest.approx(268, abs=3)
+
+
+def test_half_of_the_channels_in_the_pool_are_depthwise(paper_ranking):
+    plan = paper_plan(paper_ranking, 27946, k=35)
+    depthwise = sum(plan.shapes[name].in_channels for name in plan.pool if plan.shapes[name].is_depthwise)
+    assert (depthwise, sum(plan.shapes[name].in_channels for name in plan.pool)) == (2352, 5248)
