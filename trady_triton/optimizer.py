@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -39,10 +39,9 @@ class TraDyOptimizer(Optimizer):
             raise TypeError(f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model")
         self.plan = plan
         self._slots: list[list[ChannelSlot]] = []
-        self._applied: dict[ChannelSlot, tuple[Tensor, int]] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint}
         super().__init__(params, defaults)
-        missing = set(plan.pool) - {slot.layer for slots in self._slots for slot in slots}
+        missing = set(plan.pool) - {slot.layer for slot in self._all_slots()}
         if missing:
             raise ValueError(
                 f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
@@ -84,12 +83,9 @@ class TraDyOptimizer(Optimizer):
         """
         epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
         channels = self.plan.sample(epoch)
-        slots = [slot for group in self._slots for slot in group]
-        if epoch != self.epoch or any(slot.is_stale for slot in slots):
-            self._check_idle(slots)
-            for slot in slots:
-                slot.set(channels[slot.layer])
-            self._install(epoch)
+        if epoch != self.epoch or any(slot.is_stale for slot in self._all_slots()):
+            self._check_idle()
+            self._install(epoch, channels)
         return channels
 
     @overload
@@ -113,8 +109,8 @@ class TraDyOptimizer(Optimizer):
         if not self._found_inf():
             for group, slots in zip(self.param_groups, self._slots, strict=True):
                 self._step_group(group, slots)
-        grads = {slot: slot.proxy.grad for slots in self._slots for slot in slots}
-        self._applied = {slot: (grad, grad._version) for slot, grad in grads.items() if grad is not None}
+        for slot in self._all_slots():
+            slot.draw.unapplied = False
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,14 +122,10 @@ class TraDyOptimizer(Optimizer):
         found = {group.get("trady_plan") for group in state_dict["param_groups"]}
         if found != {self.plan.fingerprint}:
             raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {self.plan.fingerprint}")
-        self._check_idle([slot for group in self._slots for slot in group])
+        self._check_idle()
         super().load_state_dict(state_dict)
         if self.epoch is not None:
-            for slots in self._slots:
-                channels = self.plan.sample(self.epoch)
-                for slot in slots:
-                    slot.set(channels[slot.layer])
-            self._install(self.epoch)
+            self._install(self.epoch, self.plan.sample(self.epoch))
 
     def _step_group(self, group: dict[str, Any], slots: list[ChannelSlot]) -> None:
         lr, decay = float(group["lr"]), group["weight_decay"]
@@ -146,11 +138,15 @@ class TraDyOptimizer(Optimizer):
                 sgd_(values, self._unscaled(slot.proxy.grad), lr, decay)
                 slot.scatter_(values)
 
-    def _install(self, epoch: int) -> None:
+    def _all_slots(self) -> list[ChannelSlot]:
+        return [slot for slots in self._slots for slot in slots]
+
+    def _install(self, epoch: int, channels: Mapping[str, Sequence[int]]) -> None:
         for group, slots in zip(self.param_groups, self._slots, strict=True):
+            for slot in slots:
+                slot.set(channels[slot.layer])
             group["params"][len(group["params"]) - len(slots) :] = [slot.proxy for slot in slots]
             group["trady_epoch"] = epoch
-        self._applied = {}
 
     def _check_slots(self, slots: list[ChannelSlot]) -> None:
         for slot in slots:
@@ -160,16 +156,14 @@ class TraDyOptimizer(Optimizer):
                     f"{self.plan.fingerprint}"
                 )
 
-    def _check_idle(self, slots: list[ChannelSlot]) -> None:
-        for slot in slots:
+    def _check_idle(self) -> None:
+        for slot in self._all_slots():
             if slot.is_waiting:
                 raise RuntimeError(
                     f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, before "
                     "channels are drawn anew"
                 )
-            grad = slot.proxy.grad
-            applied, version = self._applied.get(slot, (None, -1))
-            if grad is not None and (grad is not applied or grad._version != version):
+            if slot.is_pending:
                 raise RuntimeError(
                     f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before channels are "
                     "drawn anew"

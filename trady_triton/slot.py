@@ -36,15 +36,20 @@ class Ticket:
         if self.draw.replaced:
             raise RuntimeError("this backward belongs to a forward before the last resample(): its gradient is lost")
         self.draw.waiting.discard(self)
+        self.draw.unapplied = True
 
 
 class Draw:
-    """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient."""
+    """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient.
+
+    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step.
+    """
 
     def __init__(self, channels: Tensor, proxy: Tensor) -> None:
         self.channels = channels
         self.proxy = proxy
         self.replaced = False
+        self.unapplied = False
         self.waiting: weakref.WeakSet[Ticket] = weakref.WeakSet()
 
 
@@ -82,6 +87,11 @@ class ChannelSlot:
     def is_waiting(self) -> bool:
         """Whether a forward has kept channels of this draw and its backward has not run."""
         return len(self.draw.waiting) > 0
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the proxy holds a gradient that no optimizer step has applied."""
+        return self.draw.unapplied and self.proxy.grad is not None
 
     @property
     def is_stale(self) -> bool:
