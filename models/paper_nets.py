@@ -83,17 +83,14 @@ class PaperNet(nn.Module):
         )
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of layer groups, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^feature_mix", (99999,))]}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head: a Linear, or an Identity for num_classes=0."""
         return self.fc
@@ -106,10 +103,7 @@ class PaperNet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Feature maps before pooling: [N, num_features, H/32, W/32]."""
         x = self.stem_act(self.stem_norm(self.stem(x)))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         if self.has_feature_mix:
             x = self.feature_mix_act(self.feature_mix_norm(self.feature_mix(x)))
         return x

@@ -13,11 +13,12 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from trady_triton.models import load_folded_weights
 
-# file, right answers of the 250 images as measured with torch 2.15 on a CPU: 52.4 / 62.4 / 55.2 %
+# file, right answers of the 250 images as measured with timm's transform, torch 2.15, CPU: 54.0 / 63.2 / 54.0 %
+# (another rounding of resize and crop, that of the script which made the files, gives 131 / 156 / 138)
 PUBLIC = {
-    "mobilenetv2_w035": ("mcu_mbv2_w035_in1k", 131),
-    "mcunet_in1": ("mcu_mcunet_5fps_in1k", 156),
-    "proxylessnas_w03": ("mcu_proxyless_w03_in1k", 138),
+    "mobilenetv2_w035": ("mcu_mbv2_w035_in1k", 135),
+    "mcunet_in1": ("mcu_mcunet_5fps_in1k", 158),
+    "proxylessnas_w03": ("mcu_proxyless_w03_in1k", 135),
 }
 
 
@@ -103,7 +104,7 @@ def test_public_weights_reach_the_stated_accuracy(name, data_folder, imagenet_sa
     transform = create_transform(**resolve_data_config(model=net))
     with torch.inference_mode():
         right = sum((net(x).argmax(1) == y).sum().item() for x, y in loader(images, labels, transform))
-    assert abs(right - expected) <= 4, f"{right} of {len(labels)} right, {expected} stated"
+    assert abs(right - expected) <= 3, f"{right} of {len(labels)} right, {expected} stated"
 
 
 def loader(images, labels, transform, batch_size=64):
