@@ -1,68 +1,18 @@
-"""The three networks of the paper that timm lacks, registered with timm: MobileNetV2-w0.35, MCUNet-in1 and ProxylessNAS-w0.3.
+"""The paper's three networks as modules, registered with timm, which lacks them, under the names of `ARCHS`.
 
-N batch, C channels, H x W pixels. Each is a chain of inverted residual blocks (1x1 expansion `pw1`, depthwise `dw`, 1x1 projection
-`pw2`) with ReLU6, in the form that the paper counts at 128 px: 52 / 42 / 61 convolutions without bias, each with a BatchNorm.
-Convolutions are registered in the order in which forward calls them, which is the order that the layer indices of the paper count.
+N batch, C channels, H x W pixels. In the form that the paper counts they have 52 / 42 / 61 convolutions without bias,
+each with a BatchNorm, and ReLU6 after all but the projections. Convolutions are registered in the order in which
+forward calls them, which is the order that the layer indices of the paper count.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
-
-
-class Stage(NamedTuple):
-    """`repeats` blocks of one shape; only the first has the stride and the change of channels."""
-
-    repeats: int
-    kernel_size: int
-    stride: int
-    expansion: int
-    channels: int
-
-
-class Arch(NamedTuple):
-    """A net as data: stages after the stem (3x3, stride 2, 16 channels) and channels of the last 1x1 convolution, 0 for none."""
-
-    stages: tuple[Stage, ...]
-    mix_channels: int
-
-    def blocks(self) -> list[Stage]:
-        """One row a block, the repeats written out."""
-        return [s._replace(repeats=1, stride=1 if r else s.stride) for s in self.stages for r in range(s.repeats)]
-
-
-STEM_CHANNELS = 16
-
-# (repeats, kernel, stride, expansion, channels)
-_MOBILENETV2_W035 = (
-    (1, 3, 1, 1, 8), (2, 3, 2, 6, 8), (3, 3, 2, 6, 16), (4, 3, 2, 6, 24), (3, 3, 1, 6, 32), (3, 3, 2, 6, 56), (1, 3, 1, 6, 112),
-)  # fmt: skip
-_MCUNET_IN1 = (
-    (1, 3, 1, 1, 8), (1, 3, 2, 4, 16), (1, 3, 1, 3, 16), (1, 7, 2, 3, 24), (1, 3, 1, 5, 24), (1, 3, 2, 5, 40), (1, 7, 1, 4, 40),
-    (1, 5, 1, 4, 48), (1, 3, 1, 3, 48), (1, 3, 1, 4, 48), (1, 7, 2, 5, 96), (2, 5, 1, 4, 96), (1, 3, 1, 6, 160),
-)  # fmt: skip
-_PROXYLESSNAS_W03 = (
-    (1, 3, 1, 1, 8), (1, 5, 2, 3, 16), (1, 3, 1, 3, 16), (1, 7, 2, 3, 16), (1, 3, 1, 3, 16), (2, 5, 1, 3, 16), (1, 7, 2, 6, 24),
-    (3, 5, 1, 3, 24), (1, 5, 1, 6, 32), (3, 5, 1, 3, 32), (1, 7, 2, 6, 64), (1, 7, 1, 6, 64), (2, 7, 1, 3, 64), (1, 7, 1, 6, 96),
-)  # fmt: skip
-
-ARCHS = {
-    "mobilenetv2_w035": Arch(tuple(Stage(*row) for row in _MOBILENETV2_W035), 448),
-    "mcunet_in1": Arch(tuple(Stage(*row) for row in _MCUNET_IN1), 0),
-    "proxylessnas_w03": Arch(tuple(Stage(*row) for row in _PROXYLESSNAS_W03), 384),
-}
-
-
-def conv_names(name: str) -> list[str]:
-    """Module names of the convolutions of a net in its paper form, in order of call: entry i is layer i of the paper."""
-    names = ["stem"]
-    for i, block in enumerate(ARCHS[name].blocks()):
-        names += [f"blocks.{i}.{conv}" for conv in (("dw", "pw2") if block.expansion == 1 else ("pw1", "dw", "pw2"))]
-    return names + ["feature_mix"] * (ARCHS[name].mix_channels > 0)
+from trady_triton.models.paper_archs import ARCHS, STEM_CHANNELS, Arch, Stage
 
 
 class InvertedResidual(nn.Module):
@@ -95,8 +45,8 @@ class InvertedResidual(nn.Module):
 class PaperNet(nn.Module):
     """Image [N, in_chans, H, W] -> logits [N, num_classes], with timm's model protocol.
 
-    With `norm_layer=nn.Identity` the convolutions carry biases, and with `feature_mix=False` the last 1x1 convolution is left out:
-    both together are the form of the public ImageNet weights, whose BatchNorm is folded into the convolutions.
+    With `norm_layer=nn.Identity` the convolutions carry biases, and with `feature_mix=False` the last 1x1 convolution
+    is left out: both together are the form of the public ImageNet weights, whose BatchNorm is folded.
     """
 
     def __init__(
@@ -118,9 +68,8 @@ class PaperNet(nn.Module):
         self.stem_act = nn.ReLU6(inplace=True)
         rows = cfg.blocks()
         widths = [STEM_CHANNELS, *(row.channels for row in rows)]
-        self.blocks = nn.Sequential(
-            *(InvertedResidual(*shape, norm_layer) for shape in zip(widths, rows, strict=False))
-        )
+        blocks = [InvertedResidual(width, row, norm_layer) for width, row in zip(widths, rows, strict=False)]
+        self.blocks = nn.Sequential(*blocks)
         self.feature_info = _feature_info(rows)
         self.num_features = self.head_hidden_size = widths[-1]
         self.has_feature_mix = feature_mix and cfg.mix_channels > 0
@@ -134,17 +83,14 @@ class PaperNet(nn.Module):
         )
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of layer groups, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^feature_mix", (99999,))]}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head: a Linear, or an Identity for num_classes=0."""
         return self.fc
@@ -157,10 +103,7 @@ class PaperNet(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Feature maps before pooling: [N, num_features, H/32, W/32]."""
         x = self.stem_act(self.stem_norm(self.stem(x)))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         if self.has_feature_mix:
             x = self.feature_mix_act(self.feature_mix_norm(self.feature_mix(x)))
         return x
@@ -196,9 +139,17 @@ def _init_weights(module: nn.Module) -> None:
 
 
 _CFG = {
-    "url": "", "num_classes": 1000, "input_size": (3, 128, 128), "pool_size": (4, 4), "crop_pct": 0.875, "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "first_conv": "stem", "classifier": "fc",
-}  # fmt: skip
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 128, 128),
+    "pool_size": (4, 4),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "stem",
+    "classifier": "fc",
+}
 default_cfgs = generate_default_cfgs(dict.fromkeys(ARCHS, _CFG))
 
 

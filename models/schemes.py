@@ -1,10 +1,10 @@
-"""The Sparse Update schemes of Lin et al. 2022 for the paper's nets, as data: which layers are trained, and which part of each.
+"""The Sparse Update schemes of Lin et al. 2022 for the paper's nets, as data: layers and parts of layers.
 
-A layer is its index in the order of call of the convolutions, a ratio the part of its input channels: int(C * ratio) of them.
-Source: the published configurations of tiny-training; TraDy (arXiv 2510.19675) takes its three budgets from them.
+A layer is its index in the order of call of the convolutions, a ratio r the part of its C input channels: int(C * r) of
+them. Source: the published configurations of tiny-training; TraDy (arXiv 2510.19675) takes its three budgets from them.
 """
 
-from trady_triton.models.paper_nets import conv_names
+from trady_triton.models.paper_archs import conv_names
 
 _MOBILENETV2_LAYERS = (27, 30, 33, 36, 39, 42, 45, 48)
 _MCUNET_LAYERS = (21, 24, 27, 30, 36, 39)
@@ -38,8 +38,7 @@ def su_layers(net_name: str, scheme: str) -> dict[str, float]:
     if net_name not in SCHEMES:
         raise ValueError(f"net {net_name!r} has no Sparse Update scheme; known nets: {', '.join(SCHEMES)}")
     if scheme not in SCHEMES[net_name]:
-        raise ValueError(
-            f"scheme {scheme!r} of net {net_name!r} is unknown; known schemes: {', '.join(SCHEMES[net_name])}"
-        )
+        known = ", ".join(SCHEMES[net_name])
+        raise ValueError(f"net {net_name!r} has no Sparse Update scheme {scheme!r}; known schemes: {known}")
     names = conv_names(net_name)
     return {names[layer]: ratio for layer, ratio in zip(*SCHEMES[net_name][scheme], strict=True) if ratio > 0}

@@ -1,12 +1,11 @@
-"""Reads the public ImageNet weights of the paper's nets: one safetensors file a net, BatchNorm folded into the convolutions."""
+"""Reads the public ImageNet weights of the paper's nets: safetensors, with BatchNorm folded into the convolutions."""
 
 from os import PathLike, fspath
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 _HEAD = ("fc.weight", "fc.bias")
 
@@ -14,9 +13,9 @@ _HEAD = ("fc.weight", "fc.bias")
 def load_folded_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     """Load a file of folded weights into `timm.create_model(name, norm_layer=nn.Identity, feature_mix=False)`.
 
-    The file's keys are the net's own, so timm's `checkpoint_path=` and `pretrained_cfg_overlay={"file": path}` read it as well; this
-    function never leaves a net half loaded and says what is wrong with a file. A head that the file lacks, or
-    holds for another number of classes, keeps the weights it has.
+    The file's keys are the net's own, so timm's `checkpoint_path=` and `pretrained_cfg_overlay={"file": path}` read it
+    as well; this function checks the whole file before it touches the net, and says what is wrong with it. A head that
+    the file lacks, or holds for another number of classes, keeps the weights it has.
 
     Raises FileNotFoundError for a missing file, ValueError for one that cannot be read or belongs to another net.
     """
@@ -24,11 +23,17 @@ def load_folded_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     if not _same_shape(tensors, wanted, "fc.weight"):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in _HEAD}
         tensors |= {key: wanted[key] for key in _HEAD if key in wanted}
-    _check_keys(tensors, wanted, path)
+    wrong = [key for key in {**wanted, **tensors} if not _same_shape(tensors, wanted, key)]
+    if wrong:
+        raise ValueError(
+            f"weights file {fspath(path)!r} does not fit this net: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, first {wrong[0]!r}; build the net that the file belongs to, with norm_layer=nn.Identity, "
+            "feature_mix=False"
+        )
     model.load_state_dict(tensors)
 
 
-def _read(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
+def _read(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights file {fspath(path)!r} does not exist")
     try:
@@ -37,14 +42,5 @@ def _read(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
         raise ValueError(f"weights file {fspath(path)!r} is not a readable safetensors file: {error}") from error
 
 
-def _same_shape(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], key: str) -> bool:
-    return key in tensors and key in wanted and tensors[key].shape == wanted[key].shape
-
-
-def _check_keys(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: str | PathLike[str]) -> None:
-    wrong = [key for key in {**wanted, **tensors} if not _same_shape(tensors, wanted, key)]
-    if wrong:
-        raise ValueError(
-            f"weights file {fspath(path)!r} does not fit this net: {len(wrong)} tensors are missing, unknown or of another shape, "
-            f"first {wrong[0]!r}; it needs the net that the file was made for, built with norm_layer=nn.Identity, feature_mix=False"
-        )
+def _same_shape(one: dict[str, Tensor], other: dict[str, Tensor], key: str) -> bool:
+    return key in one and key in other and one[key].shape == other[key].shape

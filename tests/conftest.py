@@ -1,0 +1,16 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of real images and weights: $TRADY_DATA, else ../shared/data beside the repository, else a skip."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TRADY_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: set TRADY_DATA")
+    return folder
