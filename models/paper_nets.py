@@ -12,6 +12,7 @@ import torch
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
+
 from trady_triton.models.paper_archs import ARCHS, STEM_CHANNELS, Arch, Stage
 
 

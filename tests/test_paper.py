@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import trady_triton.models  # noqa: F401, registers the paper's nets
 
+import trady_triton.models  # noqa: F401, registers the paper's nets
 from trady_triton import Plan, Ranking, make_plan, rank_layers
 from trady_triton.ranking import LayerNorms
 

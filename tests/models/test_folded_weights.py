@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+
 from trady_triton.models import load_folded_weights
 
 # file, right answers of the 250 images as measured with timm's transform, torch 2.15, CPU: 54.0 / 63.2 / 54.0 %

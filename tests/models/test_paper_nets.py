@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+
 from trady_triton.models import su_layers
 from trady_triton.models.paper_archs import conv_names
 
