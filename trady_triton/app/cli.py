@@ -219,7 +219,7 @@ def finetune(
         if ranking:
             measured = load_ranking(ranking, model, batches.image_size)
         else:
-            note(f"ranking the layers on {batch_size * 4} training images; `trady rank` measures longer")
+            note(f"ranking the layers on {batch_size * 4} training images (to measure longer: trady rank, --ranking)")
             measured = rank_on(model, batches.ranking(4), seed)
         return make_plan(
             measured,
@@ -236,6 +236,7 @@ def finetune(
     if method == "trady":
         file = plan or (str(folder / PLAN) if resume else None)
         chosen = load_plan(file, model, batches.image_size) if file else plan_anew()
+        note(f"plan {file}:" if file else "plan:")
         print(plan_summary(chosen))
     execute(Run(model, batches, settings, folder, chosen), resume)
 
@@ -304,11 +305,21 @@ def execute(run: Run, resume: bool) -> None:
         with bar:
             run.train(bar.step, bar.epoch)
     except KeyboardInterrupt:
-        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-        note(f"stopped after {run.epoch} epochs and {run.step} steps, saved in {run.out / CHECKPOINT}; to go on:")
-        note(f"  {shlex.join(['trady', *again, '--resume'])}")
-        raise
+        note(how_to_go_on(run))
+        raise typer.Exit(130) from None
     print(f"test accuracy {run.records[-1]['test_accuracy']:.2%}; weights in {run.out / MODEL}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """What a stopped run left behind, and the command that continues it."""
+    if run.saved is None:
+        return "stopped before anything was saved"
+    again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    epoch, step = run.saved
+    done = f"{epoch} of {run.settings.epochs} epochs" + (f" and {step} steps" if step else "")
+    return (
+        f"stopped; {done} are saved in {run.out / CHECKPOINT}. To go on:\n  {shlex.join(['trady', *again, '--resume'])}"
+    )
 
 
 def note(text: str) -> None:

@@ -73,7 +73,8 @@ Record = dict[str, Any]
 class Run:
     """A model on its way through the epochs of its settings.
 
-    `epoch` and `step` say how far it is: that many epochs, and that many steps of the next one, are done.
+    `epoch` and `step` say how far it is: that many epochs, and that many steps of the next one, are done; `saved` says
+    the same of the checkpoint in the folder, None where this run wrote or read none.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Run:
         steps = settings.epochs * batches.train_steps
         self.scheduler = make_scheduler(self.optimizer, steps=steps, warmup_steps=round(settings.warmup * steps))
         self.epoch = self.step = 0
+        self.saved: tuple[int, int] | None = None
         self.records: list[Record] = []
         torch.manual_seed(settings.seed)
 
@@ -106,7 +108,7 @@ class Run:
             if (before := saved.run.get(name)) != value:
                 raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
         saved.restore(self.model, self.optimizer, self.scheduler)
-        self.epoch, self.step = saved.epoch, saved.step
+        self.saved = self.epoch, self.step = saved.epoch, saved.step
         self.records = read_log(self.out / LOG)[: self.epoch]
 
     def train(
@@ -137,6 +139,7 @@ class Run:
             asdict(self.settings), self.epoch, self.step, self.model, self.optimizer, self.scheduler
         )
         state.save(self.out / CHECKPOINT)
+        self.saved = self.epoch, self.step
 
     def _train_epoch(self, on_step: Callable[[StepResult], None], interrupted: Callable[[], bool]) -> Record:
         def after_step(result: StepResult) -> None:
