@@ -213,16 +213,14 @@ def finetune(
         seed=seed,
     )
 
-    def plan_anew() -> Plan:
+    chosen = None
+    if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
+        chosen = load_plan(file, model, batches.image_size)
+    elif method == "trady":
         if budget is None:
             raise ValueError("--method trady needs --budget or --plan")
-        if ranking:
-            measured = load_ranking(ranking, model, batches.image_size)
-        else:
-            note(f"ranking the layers on {batch_size * 4} training images (to measure longer: trady rank, --ranking)")
-            measured = rank_on(model, batches.ranking(4), seed)
-        return make_plan(
-            measured,
+        chosen = make_plan(
+            load_ranking(ranking, model, batches.image_size) if ranking else measured_ranking(model, batches),
             budget=parse_budget_option(budget),
             batch_size=batch_size,
             cost_model=cost_model,
@@ -231,12 +229,7 @@ def finetune(
             fill=fill,
             seed=seed,
         )
-
-    chosen = None
-    if method == "trady":
-        file = plan or (str(folder / PLAN) if resume else None)
-        chosen = load_plan(file, model, batches.image_size) if file else plan_anew()
-        note(f"plan {file}:" if file else "plan:")
+    if chosen is not None:
         print(plan_summary(chosen))
     execute(Run(model, batches, settings, folder, chosen), resume)
 
@@ -275,6 +268,13 @@ def quick_ranking(model: nn.Module, image_size: int, batch_size: int, steps: int
     """A ranking on noise, and a word about it on stderr."""
     note(f"no data or ranking given: a quick ranking on {steps} x {batch_size} random images and labels, seed {seed}")
     return rank_on_noise(model, image_size, batch_size=batch_size, steps=steps, seed=seed)
+
+
+def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Ranking:
+    """A ranking on the first training images, and a word about it on stderr."""
+    images = min(steps * batches.batch_size, len(batches.data.train.labels))
+    note(f"ranking the layers on {images} training images; --ranking takes one that was measured longer")
+    return rank_on(model, batches.ranking(steps), batches.seed)
 
 
 def show_plan(made: Plan) -> None:
