@@ -103,7 +103,7 @@ def test_npz_with_wrong_content_is_an_error(tmp_path, changes, message):
 
 def test_truncated_npz_is_an_error(tmp_path, npz):
     (tmp_path / "cut.npz").write_bytes(npz.read_bytes()[:500])
-    with pytest.raises(ValueError, match="not an .npz file"):
+    with pytest.raises(ValueError, match="not a folder, and not an"):
         load_data(str(tmp_path / "cut.npz"))
 
 

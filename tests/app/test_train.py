@@ -129,7 +129,7 @@ def test_no_batches_is_an_error(net):
 
 
 def test_unknown_method_is_an_error_that_lists_the_known(net):
-    with pytest.raises(ValueError, match="'lora'.*trady, full, head"):
+    with pytest.raises(ValueError, match=r"'lora'.*trady, full, head"):
         make_optimizer(net, "lora", lr=0.1)
 
 

@@ -123,6 +123,8 @@ class Run:
                 and leaves the checkpoint of before.
         """
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.saved is None:  # a checkpoint of an older run would not fit this one's plan and log
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
         if self.plan is not None:
             self.plan.save(self.out / PLAN)
         with interrupt_deferred() as interrupted:
