@@ -91,9 +91,9 @@ def closing_lines(report: Report) -> list[str]:
     for result in planned:
         plain = sum(result.cost.kept_by_kind.get(kind, 0) for kind in _NOT_LEAN)
         if plain > result.cost.channel_bytes:
-            share = plain / result.cost.kept_bytes
+            kept, share = mib(result.cost.kept_bytes), plain / result.cost.kept_bytes
             lines.append(
-                f"{result.method.label} keeps {mib(result.cost.kept_bytes)} MiB, {share:.0%} of it inputs of normalisation "
+                f"{result.method.label} keeps {kept} MiB, {share:.0%} of it inputs of normalisation "
                 "and activation layers: this version thins convolutions and linear layers, and leaves those as plain "
                 "PyTorch has them."
             )  # fmt: skip

@@ -53,7 +53,7 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]], path: File, *, title: str
         axes.barh(list(kept), list(widths.values()), 0.62, left=list(start.values()), color=colour, label=kind)
         start = {method: start[method] + width for method, width in widths.items()}
     for method, total in totals.items():
-        text = f"{total / MIB:.1f} MiB"
+        text = f"{total / MIB:.{1 if total >= 10 * MIB else 2}f} MiB"
         if channels := kept[method].get(KINDS[0]):
             text += f", {channels / MIB:.2f} of it {KINDS[0]}"
         axes.annotate(text, (total / MIB, method), (5, 0), textcoords="offset points", va="center")
@@ -76,7 +76,10 @@ def plot_ranking(ranking: Ranking, path: File, *, coverage: float = 0.976) -> No
     figure, bars, curve = _two_panels(max(7.0, 1.6 + 0.17 * len(names)))
     places = range(1, len(names) + 1)
     bars.bar(places, [rgn[name] for name in names], color=[COLOURS[1] if i <= chosen else GREY for i in places])
-    bars.set(ylabel="RGN", title=f"{len(names)} layers by reweighted gradient norm; a plan takes the first {chosen}")
+    bars.set(
+        ylabel="RGN (norm per element)",
+        title=f"{len(names)} layers by reweighted gradient norm; a plan takes the first {chosen}",
+    )
     shares = [total / sum(rgn.values()) for total in accumulate(rgn[name] for name in names)]
     curve.plot(places, shares, color=COLOURS[1], marker=".", markersize=5)
     curve.axvline(chosen, color=COLOURS[0], linewidth=1.2)
