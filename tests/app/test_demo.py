@@ -139,6 +139,5 @@ def test_ranking_plot_marks_the_layers_that_a_plan_takes(tmp_path: Path) -> None
     ranking = Ranking(tuple(LayerNorms(f"layer{i}", shape, (2.0**-i,) * 4) for i in range(8)), (), 1)
     plot_ranking(ranking, tmp_path / "ranking.png")
     with Image.open(tmp_path / "ranking.png") as image:
-        pixels = image.convert("RGB").getdata()
-    colours = set(pixels)
+        colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
     assert {(0x00, 0x72, 0xB2), (0xB0, 0xB0, 0xB0)} <= colours  # 6 of 8 layers hold 97.6 % of the RGN: blue, then grey

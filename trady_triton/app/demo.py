@@ -46,17 +46,17 @@ class Settings:
     image_size: int = 96
     batch_size: int = 16
     train_images: int = 480
-    test_images: int = 360
-    epochs: int = 10
+    test_images: int = 320
+    epochs: int = 8
     ranking_batches: int = 3
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     seed: int = 0
     methods: tuple[Method, ...] = (
-        Method("full fine-tuning", "full", lr=0.05, effort=6.0),
+        Method("full fine-tuning", "full", lr=0.4, effort=6.0),
         Method("head only", "head", lr=0.2, effort=1.1),
-        Method("TraDy 256 KiB", "trady", lr=0.4, effort=2.5, budget="256KiB"),
-        Method("TraDy 1 MiB", "trady", lr=0.4, effort=2.5, budget="1MiB"),
+        Method("TraDy 256 KiB", "trady", lr=0.8, effort=2.5, budget="256KiB"),
+        Method("TraDy 1 MiB", "trady", lr=0.8, effort=2.5, budget="1MiB"),
     )
 
 
