@@ -154,7 +154,7 @@ def test_a_corrupt_checkpoint_is_an_error(run, tmp_path):
 
 def test_resume_with_another_setting_is_an_error(run):
     assert run("--budget", 3000).exit_code == 0
-    assert "that run had lr = 0.05, this one has 0.5" in error_of(run("--budget", 3000, "--lr", 0.5, "--resume"))
+    assert "that run had lr = 0.125, this one has 0.5" in error_of(run("--budget", 3000, "--lr", 0.5, "--resume"))
 
 
 def test_a_plan_of_another_model_is_an_error(run, tmp_path):

@@ -162,7 +162,7 @@ def finetune(
     data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
     budget: Budget = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.05,
+    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
     weights: Weights = None,
@@ -176,7 +176,9 @@ def finetune(
     fill: Fill = "stop",
     image_size: ImageSize = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the norm of all gradients to this.")] = None,
+    max_grad_norm: Annotated[
+        float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
+    ] = 2.0,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
@@ -207,7 +209,7 @@ def finetune(
         batch_size=batch_size,
         image_size=batches.image_size,
         weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=max_grad_norm or None,
         warmup=warmup,
         augment=augment,
         seed=seed,

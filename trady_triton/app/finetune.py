@@ -40,6 +40,7 @@ CHECKPOINT, LOG, MODEL, PLAN = "checkpoint.pt", "log.jsonl", "model.safetensors"
 class Settings:
     """What decides the course of a run, plan and weights aside; a resumed run must have the same.
 
+    `lr` is the paper's. Clipping is not in the paper, but with frozen normalisation plain SGD easily diverges without.
     `warmup` is the share of all steps in which the learning rate rises to `lr`.
     """
 
@@ -48,11 +49,11 @@ class Settings:
     method: str = "trady"
     budget: str | None = None
     epochs: int = 10
-    lr: float = 0.05
+    lr: float = 0.125
     batch_size: int = 32
     image_size: int = 224
     weight_decay: float = 0.0
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = 2.0
     warmup: float = 0.1
     augment: bool = False
     seed: int = 0
