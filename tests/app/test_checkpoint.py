@@ -30,10 +30,12 @@ def test_a_restored_state_is_the_saved_one(parts, saved):
         for parameter in net.parameters():
             parameter.add_(1)
     scheduler.step_update(7)
+    scheduler.base_values = [9.0]
     checkpoint = Checkpoint.load(saved)
     checkpoint.restore(net, optimizer, scheduler)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert optimizer.param_groups[0]["lr"] == 0.1
+    assert scheduler.base_values == [0.1]
     assert (checkpoint.run, checkpoint.epoch, checkpoint.step) == ({"lr": 0.1}, 3, 2)
     assert torch.equal(torch.rand(3), drawn[0])
     assert random.random() == drawn[1]

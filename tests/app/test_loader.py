@@ -38,6 +38,23 @@ def test_batches_depend_on_seed_and_epoch_alone(make, augment):
     assert not same(first, make(augment=augment, seed=2).train(3))
 
 
+def by_index(batches, epoch):
+    images = torch.cat([inputs for inputs, _ in batches.train(epoch)])
+    return dict(zip(epoch_order(24, batches.seed, epoch), images, strict=True))
+
+
+def test_an_image_is_augmented_anew_in_every_epoch(make):
+    batches = make(augment=True, batch_size=24)
+    first, second = by_index(batches, 0), by_index(batches, 1)
+    assert not any(torch.equal(first[i], second[i]) for i in range(24))
+
+
+def test_without_augmentation_an_image_is_the_same_in_every_epoch(make):
+    batches = make(batch_size=24)
+    first, second = by_index(batches, 0), by_index(batches, 1)
+    assert all(torch.equal(first[i], second[i]) for i in range(24))
+
+
 def test_an_epoch_goes_on_where_it_was_left(make):
     batches = make(augment=True)
     assert same(list(batches.train(1))[2:], batches.train(1, first_step=2))

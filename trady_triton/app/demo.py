@@ -92,7 +92,7 @@ class Demo:
     """One run: the data and the bar that all methods share."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
-        self.settings, self.console = settings, console
+        self.settings, self.console, self.started = settings, console, time.perf_counter()
         self.batches = _batches(settings)
         self.test = list(self.batches.test())
         self.first_batch = next(self.batches.ranking(1))
@@ -110,12 +110,12 @@ class Demo:
 
     def report(self) -> Report:
         """Rank the layers, then measure and train every method."""
-        start = time.perf_counter()
         with self.progress:
             floor = inference_peak(pretrained_model(self.settings), self.first_batch[0])
             ranking, ranking_seconds = self._rank()
             results = tuple(self._result(method, ranking) for method in self.settings.methods)
-        return Report(results, floor, ranking_seconds, time.perf_counter() - start, len(self.batches.data.test.labels))
+        seconds = time.perf_counter() - self.started
+        return Report(results, floor, ranking_seconds, seconds, len(self.batches.data.test.labels))
 
     def _rank(self) -> tuple[Ranking, float]:
         start = time.perf_counter()

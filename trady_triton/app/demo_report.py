@@ -85,7 +85,7 @@ def closing_lines(report: Report) -> list[str]:
         f"{2 * error:.0%} say nothing. Learning rates: "
         + ", ".join(f"{result.method.label} {result.method.lr:g}" for result in report.results) + ".",
         "Budget: compact inputs and compact gradients of the drawn channels; used: the most that was measured in any "
-        "epoch. The head is trained beside it.",
+        "epoch. The head is trained beside it. Memory and FLOPs are those of the epoch that keeps most.",
     ]  # fmt: skip
     planned = [result for result in report.results if result.budget_bytes is not None]
     for result in planned:

@@ -38,11 +38,16 @@ class StepCost:
 def measure_step(
     model: nn.Module, optimizer: Optimizer, batch: Batch, *, epochs: int, max_grad_norm: float | None = None
 ) -> StepCost:
-    """Measure a step on a batch, with the channels of epoch 0 where channels are drawn. Changes the weights."""
+    """Measure a step on a batch; where channels are drawn, of the epoch that keeps most. Changes the weights."""
     inputs, target = batch
     train_mode(model)
-    channel_bytes = max(_channel_bytes(model, optimizer, epoch, batch) for epoch in range(epochs))
-    start_epoch(optimizer, 0)
+    channel_bytes = 0
+    if isinstance(optimizer, TraDyOptimizer):
+        kept_in, channels_in = zip(
+            *(_epoch_bytes(model, optimizer, epoch, batch) for epoch in range(epochs)), strict=True
+        )
+        start_epoch(optimizer, kept_in.index(max(kept_in)))
+        channel_bytes = max(channels_in)
     optimizer.zero_grad()
     with KeptBytes(model) as kept:
         loss = cross_entropy(model(inputs), target)
@@ -70,10 +75,8 @@ def inference_peak(model: nn.Module, inputs: Tensor) -> int:
     return memory.peak_bytes
 
 
-def _channel_bytes(model: nn.Module, optimizer: Optimizer, epoch: int, batch: Batch) -> int:
-    """Compact store and compact gradients of a forward and backward with the channels of an epoch."""
-    if not isinstance(optimizer, TraDyOptimizer):
-        return 0
+def _epoch_bytes(model: nn.Module, optimizer: TraDyOptimizer, epoch: int, batch: Batch) -> tuple[int, int]:
+    """Bytes kept for the backward with the channels of an epoch, and bytes of its compact store and gradients."""
     optimizer.resample(epoch)
     with KeptBytes(model) as kept:
         loss = cross_entropy(model(batch[0]), batch[1])
@@ -81,4 +84,4 @@ def _channel_bytes(model: nn.Module, optimizer: Optimizer, epoch: int, batch: Ba
     slots = [slot for parameter in model.parameters() if (slot := find_slot(parameter)) is not None]
     gradients = [slot.proxy.grad.untyped_storage().nbytes() for slot in slots if slot.proxy.grad is not None]
     optimizer.zero_grad()
-    return kept.by_kind.get("trained channels", 0) + sum(gradients)
+    return kept.total, kept.by_kind.get("trained channels", 0) + sum(gradients)
