@@ -9,7 +9,7 @@ from trady_triton.nn.norm import frozen_batch_norm
 
 
 class LeanBatchNormAct2d(BatchNormAct2d):
-    """timm's BatchNorm with drop and activation inside; the norm keeps nothing in eval mode, if its affine is frozen."""
+    """timm's BatchNorm with drop and activation inside; frozen and in eval mode the norm keeps nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [N, C, H, W] -> the same shape."""

@@ -128,7 +128,9 @@ def test_batchnorm_under_autocast_gives_the_plain_bits():
     assert torch.equal(lean_dx, dx)
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(True), nn.ReLU6(True), nn.Hardtanh(inplace=True), nn.LeakyReLU(inplace=True)])
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(True), nn.ReLU6(True), nn.Hardtanh(inplace=True), nn.LeakyReLU(inplace=True)]
+)
 def test_in_place_stays_in_place(module):
     start = sample().requires_grad_() * 1
     assert lean_twin(module)(start) is start

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from trady_triton.nn.bits import pack_bits, unpack_bits
 from trady_triton.nn.graph import builds_graph
 
-
 _ONE_SIXTH = 0.1666666716337204  # the slope of torch's hardsigmoid in every dtype: 1/6 rounded to float32
 
 

@@ -15,7 +15,7 @@ _SPREAD = sum(1 << 9 * i for i in range(8)) - (1 << 64)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Bools that were freshly computed (dense, in any order of dimensions) -> uint8 [ceil(numel / 8)], in memory order."""
+    """Bools, freshly computed (so dense, in any order of dimensions) -> uint8 [ceil(numel / 8)], in memory order."""
     flat = mask.as_strided((mask.numel(),), (1,))
     if flat.numel() % 8:
         flat = F.pad(flat, (0, -flat.numel() % 8))
@@ -23,6 +23,6 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """The mask that `pack_bits` packed, given its shape and strides, as uint8: 0 for False, some other value for True."""
+    """The mask that `pack_bits` packed, given its shape and strides, as uint8: 0 is False, all else True."""
     words = bits.to(torch.int64).mul_(_REPEAT).bitwise_and_(_SPREAD)
     return words.view(torch.uint8).as_strided(shape, strides)
