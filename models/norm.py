@@ -5,13 +5,16 @@ from __future__ import annotations
 from timm.layers import BatchNormAct2d
 from torch import Tensor
 
-from trady_triton.nn.norm import frozen_batch_norm
+from trady_triton.nn.norm import lean_batch_norm
+from trady_triton.policy import Policy
 
 
 class LeanBatchNormAct2d(BatchNormAct2d):
-    """timm's BatchNorm with drop and activation inside; frozen and in eval mode the norm keeps nothing."""
+    """timm's BatchNorm with drop and activation inside, whose norm keeps nothing while it is frozen."""
+
+    policy: Policy = Policy()
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [N, C, H, W] -> the same shape."""
-        y = frozen_batch_norm(self, x)
+        y = lean_batch_norm(self, x, self.policy)
         return super().forward(x) if y is None else self.act(self.drop(y))

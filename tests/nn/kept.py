@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from trady_triton.policy import Policy
 from trady_triton.registry import lean_type
 
 
@@ -29,12 +31,14 @@ def kept_bytes(run: Callable[[], Tensor], modules: nn.Module) -> tuple[Tensor, i
     return y, sum(storage.nbytes() for storage in kept.values())
 
 
-def lean_twin(module: nn.Module) -> nn.Module:
+def lean_twin(module: nn.Module, **policy: Any) -> nn.Module:
     """A frozen deep copy whose modules of taught types are lean."""
     twin = copy.deepcopy(module).requires_grad_(False)
     for child in twin.modules():
         if (lean := lean_type(type(child))) is not None:
             child.__class__ = lean
+            if hasattr(lean, "policy"):
+                child.policy = Policy(**policy)
     return twin
 
 

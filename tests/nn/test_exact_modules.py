@@ -100,13 +100,22 @@ def test_copies_and_state_stay_those_of_the_plain_module(module, promised):
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
-def test_batchnorm_in_train_mode_is_the_plain_one(kind):
+def test_batchnorm_in_train_mode_is_the_plain_one_if_the_policy_says_so(kind):
     plain = ready(kind(8)).train()
-    lean, x = lean_twin(plain), sample()
+    lean, x = lean_twin(plain, batch_norm="train"), sample()
     torch.testing.assert_close(forward_backward(lean, x)[1], forward_backward(plain, x)[1], rtol=1e-10, atol=1e-12)
     assert torch.equal(lean.running_mean, plain.running_mean)
     assert torch.equal(lean.running_var, plain.running_var)
     assert lean.num_batches_tracked == plain.num_batches_tracked
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+def test_batchnorm_in_train_mode_keeps_its_statistics_by_default(kind):
+    plain, x = ready(kind(8)), sample()
+    lean = lean_twin(plain).train()
+    assert torch.equal(forward_backward(lean, x)[0], plain(x))
+    assert torch.equal(lean.running_mean, plain.running_mean)
+    assert lean.num_batches_tracked == 0
 
 
 def test_batchnorm_with_a_trained_affine_has_its_gradients():

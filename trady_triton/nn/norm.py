@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.nn.graph import builds_graph, is_frozen
+from trady_triton.policy import Policy
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -35,37 +36,39 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-def frozen_batch_norm(module: _BatchNorm, x: Tensor) -> Tensor | None:
-    """The module's normalisation of x [N, C, *S] (its activation excluded), keeping nothing of x.
+def lean_batch_norm(module: _BatchNorm, x: Tensor, policy: Policy) -> Tensor | None:
+    """The module's normalisation of x [N, C, *S] by its running statistics; None where the plain forward is due.
 
-    None where that is not possible and the plain forward is due: no graph is built, the batch's own statistics are
-    used, or the affine is trained.
+    That is where there are no running statistics, or the policy gives the batch's own to a module in train mode.
     """
-    if module.training or module.running_mean is None or module.running_var is None:
+    mean, var = module.running_mean, module.running_var
+    if mean is None or var is None or (module.training and policy.batch_norm == "train"):
         return None
-    if not builds_graph(x) or not is_frozen(module):
-        return None
-    y: Tensor = _FrozenBatchNorm.apply(
-        x, module.running_mean, module.running_var, module.weight, module.bias, module.eps
-    )
-    return y
+    if builds_graph(x) and is_frozen(module):
+        y: Tensor = _FrozenBatchNorm.apply(x, mean, var, module.weight, module.bias, module.eps)
+        return y
+    return F.batch_norm(x, mean, var, module.weight, module.bias, False, 0.0, module.eps)
 
 
 class LeanBatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d that keeps nothing in eval mode, if its affine is frozen."""
+    """nn.BatchNorm1d that keeps nothing while its statistics and its affine are frozen."""
+
+    policy: Policy = Policy()
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [N, C] or [N, C, L] -> the same shape."""
         self._check_input_dim(input)
-        y = frozen_batch_norm(self, input)
+        y = lean_batch_norm(self, input, self.policy)
         return super().forward(input) if y is None else y
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that keeps nothing in eval mode, if its affine is frozen."""
+    """nn.BatchNorm2d that keeps nothing while its statistics and its affine are frozen."""
+
+    policy: Policy = Policy()
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [N, C, H, W] -> the same shape."""
         self._check_input_dim(input)
-        y = frozen_batch_norm(self, input)
+        y = lean_batch_norm(self, input, self.policy)
         return super().forward(input) if y is None else y
