@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -15,15 +16,32 @@ def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module type whose forward is recomputed in the backward. One class for a type."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return kind.forward(self, *args, **kwargs)
-        return checkpoint(kind.forward, self, *args, use_reentrant=False, **kwargs)
+        return run_recomputed(self, partial(kind.forward, self), *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (kind,), self.__getstate__()
 
     body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
     return type(f"Recomputed{kind.__name__}", (kind,), body)
+
+
+def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(*args, **kwargs) of the module, keeping the inputs alone; the plain call where nothing is recorded."""
+    if not _records(module, (*args, *kwargs.values())):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _records(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether autograd records anything in a call: `checkpoint` would keep the inputs even if not."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs) or any(
+        p.requires_grad for p in module.parameters()
+    ):
+        return True
+    slots = (getattr(child, "slot", None) for child in module.modules())
+    return any(slot is not None and slot.channels.numel() > 0 for slot in slots)
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:
