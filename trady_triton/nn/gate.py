@@ -1,6 +1,6 @@
 """Products x * gate of squeeze-and-excitation, which keep x in one byte an element where the policy allows it.
 
-Shapes: N batch, C channels, S pixels; gate [N, C, 1, 1]. Kept: x as uint8, the lowest value and step of each plane, gate.
+Shapes: N batch, C channels, S pixels; gate [N, C, 1, 1]. Kept: x as uint8, of each plane the lowest value and the step, and the gate.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 
@@ -27,18 +28,19 @@ def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
 
 def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """forward(*args, **kwargs) of the module, keeping the inputs alone; the plain call where nothing is recorded."""
-    if not _records(module, (*args, *kwargs.values())):
+    if not _records(module, (args, kwargs)):
         return forward(*args, **kwargs)
+    # The lists of the arguments are copied: DenseNet appends to its list of features after the call.
+    args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _records(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+def _records(module: nn.Module, inputs: Any) -> bool:
     """Whether autograd records anything in a call: `checkpoint` would keep the inputs even if not."""
     if not torch.is_grad_enabled():
         return False
-    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs) or any(
-        p.requires_grad for p in module.parameters()
-    ):
+    tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor))
+    if any(tensor.requires_grad for tensor in (*tensors, *module.parameters())):
         return True
     slots = (getattr(child, "slot", None) for child in module.modules())
     return any(slot is not None and slot.channels.numel() > 0 for slot in slots)
