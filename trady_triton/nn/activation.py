@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from trady_triton.nn.bits import pack_bits, unpack_bits
 from trady_triton.nn.graph import builds_graph
+from trady_triton.nn.parts import parts
 
 _ONE_SIXTH = 0.1666666716337204  # the slope of torch's hardsigmoid in every dtype: 1/6 rounded to float32
 
@@ -112,11 +113,10 @@ def _pack_outside(x: Tensor, low: float, high: float) -> tuple[Tensor, tuple[tor
 def _select(dy: Tensor, passes: Tensor, flat: float) -> Tensor:
     """dY where `passes` is not 0, dY * flat elsewhere.
 
-    torch's own kernels want a mask of dY's type, four times as large: so an eighth of the batch at a time.
+    In parts, because torch's own kernels want a mask of dY's type, four times as large.
     """
     dx = torch.empty_like(dy)
-    parts = (torch.atleast_1d(tensor).chunk(8) for tensor in (dy, passes, dx))
-    for grad, mask, out in zip(*parts, strict=True):
+    for grad, mask, out in parts(dy, passes, dx):
         if flat:
             torch.ops.aten.leaky_relu_backward.grad_input(grad, mask.to(grad.dtype), flat, False, grad_input=out)
         else:

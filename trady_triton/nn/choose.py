@@ -24,7 +24,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the repeated units: the innermost modules that hold two or more layers and stand in a row of their kind."""
+    """Names of the repeated units: the innermost modules in a row of their kind that hold two or more layers."""
     found: list[str] = []
     for name, module in reversed(list(model.named_modules())):
         if name and _is_repeated(module, model.get_submodule(name.rpartition(".")[0])):
@@ -52,7 +52,7 @@ def choose_recompute(plan: Plan, model: nn.Module, input_shape: Sequence[int], l
     drawn = plan.sample(0)
     with mode:
         for name, channels in drawn.items():
-            fake.get_submodule(name).slot.set(channels)  # type: ignore[union-attr]
+            fake.get_submodule(name).slot.set(channels)  # type: ignore[union-attr, operator]
         x = torch.empty(*input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
         kept, inputs = _bytes_by_block(fake, blocks(fake), x)
     cheaper = tuple(name for name in inputs if 0 < inputs[name] * least_gain <= kept[name])
@@ -101,4 +101,5 @@ def _named_calls(model: nn.Module, names: Sequence[str], running: list[str], inp
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key

@@ -55,7 +55,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     for name, lean in swaps.items():
         modules[name].__class__ = lean
         if hasattr(lean, "policy"):
-            modules[name].policy = plan.policy  # type: ignore[assignment]
+            modules[name].policy = plan.policy
     _install_slots(model, plan)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)

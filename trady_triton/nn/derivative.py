@@ -1,4 +1,4 @@
-"""The derivative of a smooth activation in 8 or 2 bits an element, a batch chunk at a time.
+"""The derivative of a smooth activation in 8 or 2 bits an element.
 
 8 bits: derivative = (code - zero) / scale, a grid on which 0 and 1 lie, so that dead and saturated elements stay exact.
 2 bits: the nearest of four levels, those of least squared error for a standard normal input: another derivative.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trady_triton.nn.bits import pack_bits, unpack_bits
+from trady_triton.nn.parts import parts
 
 _aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ CODES = {  # ranges: GELU [-0.1290, 1.1290], SiLU [-0.0998, 1.0998], Hardswish [
 def pack_derivative(x: Tensor, kind: str, bits: int) -> tuple[Tensor, tuple[int, ...]]:
     """Codes of the derivative at x, [numel * bits / 8] uint8, and the strides of the tensor that they belong to."""
     code = torch.empty_like(x, dtype=torch.uint8)
-    for part, out in zip(_chunks(x), _chunks(code), strict=True):
+    for part, out in parts(x, code):
         wide = part.to(torch.promote_types(part.dtype, torch.float32))
         slope = CODES[kind].derivative(wide.new_ones(()).expand_as(wide), wide)
         out.copy_(_encode(slope, CODES[kind], bits))
@@ -59,7 +60,7 @@ def unpack_derivative(dy: Tensor, code: Tensor, kind: str, bits: int, strides: S
         code = _unpack_pairs(code, dy.numel())
     code = code.as_strided(dy.shape, strides)
     dx = torch.empty_like(dy)
-    for grad, part, out in zip(_chunks(dy), _chunks(code), _chunks(dx), strict=True):
+    for grad, part, out in parts(dy, code, dx):
         slope = _decode(part, CODES[kind], bits, torch.promote_types(dy.dtype, torch.float32))
         torch.mul(grad, slope, out=out)
     return dx
@@ -89,8 +90,3 @@ def _pack_pairs(values: Tensor) -> Tensor:
 def _unpack_pairs(packed: Tensor, count: int) -> Tensor:
     low, high = (unpack_bits(plane, (count,), (1,)).ne(0) for plane in packed)
     return low.to(torch.uint8) + 2 * high
-
-
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """At most eight parts of the first dimension, so that full-precision temporaries stay an eighth of the batch."""
-    return torch.atleast_1d(tensor).chunk(8)

@@ -1,6 +1,7 @@
-"""Products x * gate of squeeze-and-excitation, which keep x in one byte an element where the policy allows it.
+"""Products x * gate of squeeze-and-excitation, which may keep x in one byte an element.
 
-Shapes: N batch, C channels, S pixels; gate [N, C, 1, 1]. Kept: x as uint8, of each plane the lowest value and the step, and the gate.
+Shapes: N batch, C channels; x [N, C, H, W], gate [N, C, 1, 1].
+Kept: x as uint8, of each plane its lowest value and the step of its code, and the gate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.nn.graph import builds_graph
+from trady_triton.nn.parts import parts
 from trady_triton.policy import Policy
 
 
@@ -21,8 +23,8 @@ class _PackedGate(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         code = torch.empty_like(x, dtype=torch.uint8)
         low, step = (torch.empty(x.shape[:2], dtype=wide, device=x.device)[..., None, None] for _ in range(2))
-        for part, *outs in zip(*(tensor.chunk(8) for tensor in (x, code, low, step)), strict=True):
-            _encode(part.to(wide), *outs)
+        for x_part, *outs in parts(x, code, low, step):
+            _encode(x_part.to(wide), *outs)
         ctx.save_for_backward(code, low, step, gate)
         return x * gate
 
@@ -33,8 +35,7 @@ class _PackedGate(torch.autograd.Function):
         dx = dy * gate if ctx.needs_input_grad[0] else None
         dgate = None
         if ctx.needs_input_grad[1]:
-            parts = zip(*(tensor.chunk(8) for tensor in (dy, code, low, step)), strict=True)
-            dgate = torch.cat([_sum_product(*part) for part in parts]).to(gate.dtype)
+            dgate = torch.cat([_sum_product(*part) for part in parts(dy, code, low, step)]).to(gate.dtype)
         return dx, dgate
 
 

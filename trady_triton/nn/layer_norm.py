@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trady_triton.nn.graph import builds_graph, is_frozen
+from trady_triton.nn.parts import parts
 from trady_triton.policy import Policy
 
 
@@ -25,8 +26,8 @@ class _PackedLayerNorm(torch.autograd.Function):
         code = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         rows = x.shape[: x.dim() - len(shape)]
         rstd, step = (torch.empty(rows, dtype=_wide(x), device=x.device) for _ in range(2))
-        for part, *outs in zip(*(tensor.chunk(8) for tensor in (x, code, rstd, step)), strict=True):
-            _encode(part, shape, eps, *outs)
+        for x_part, *outs in parts(x, code, rstd, step):
+            _encode(x_part, shape, eps, *outs)
         ctx.save_for_backward(code, rstd, step, weight)
         ctx.shape, ctx.dtype = shape, x.dtype
         return F.layer_norm(x, shape, weight, bias, eps)
@@ -36,8 +37,8 @@ class _PackedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         code, rstd, step, weight = ctx.saved_tensors
         dx = torch.empty_like(dy, dtype=ctx.dtype)  # under autocast dY may be wider than x
-        for part, *operands in zip(*(tensor.chunk(8) for tensor in (dx, dy, code, rstd, step)), strict=True):
-            part.copy_(_dgrad(*operands, ctx.shape, weight))
+        for out, dy_part, code_part, rstd_part, step_part in parts(dx, dy, code, rstd, step):
+            out.copy_(_dgrad(dy_part, code_part, rstd_part, step_part, ctx.shape, weight))
         return dx, None, None, None, None
 
 

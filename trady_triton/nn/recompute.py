@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+_RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {}
 
-@cache
+
 def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module type whose forward is recomputed in the backward. One class for a type."""
+    if kind not in _RECOMPUTED:
+        _RECOMPUTED[kind] = _make_recomputed(kind)
+    return _RECOMPUTED[kind]
 
+
+def _make_recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run_recomputed(self, partial(kind.forward, self), *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (kind,), self.__getstate__()
+        return _rebuild, (kind,), vars(self).copy()
 
     body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
     return type(f"Recomputed{kind.__name__}", (kind,), body)
