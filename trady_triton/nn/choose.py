@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,20 +24,29 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the repeated units: the innermost modules in a row of their kind that hold two or more layers."""
+    """Names of the repeated units: the innermost modules in a container, or else in a row of their type, with layers."""
+    return _innermost(model, _in_container) or _innermost(model, _in_row)
+
+
+def _innermost(model: nn.Module, is_unit: Callable[[nn.Module, nn.Module], bool]) -> tuple[str, ...]:
+    """The modules of two or more layers for which `is_unit(module, parent)`, and inside which there is none such."""
     found: list[str] = []
     for name, module in reversed(list(model.named_modules())):
-        if name and _is_repeated(module, model.get_submodule(name.rpartition(".")[0])):
-            layers = sum(isinstance(child, nn.Conv2d | nn.Linear) for child in module.modules())
-            if layers > 1 and not any(inner.startswith(f"{name}.") for inner in found):
-                found.append(name)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, _CONTAINERS) or module is model or not is_unit(module, parent):
+            continue
+        layers = sum(isinstance(child, nn.Conv2d | nn.Linear) for child in module.modules())
+        if layers > 1 and not any(inner.startswith(f"{name}.") for inner in found):
+            found.append(name)
     return tuple(reversed(found))
 
 
-def _is_repeated(module: nn.Module, parent: nn.Module) -> bool:
-    if isinstance(module, _CONTAINERS):
-        return False
-    return isinstance(parent, _CONTAINERS) or sum(type(child) is type(module) for child in parent.children()) > 1
+def _in_container(module: nn.Module, parent: nn.Module) -> bool:
+    return isinstance(parent, _CONTAINERS)
+
+
+def _in_row(module: nn.Module, parent: nn.Module) -> bool:
+    return sum(type(child) is type(module) for child in parent.children()) > 1
 
 
 def choose_recompute(plan: Plan, model: nn.Module, input_shape: Sequence[int], least_gain: float = 2.0) -> Plan:
