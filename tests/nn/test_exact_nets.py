@@ -52,6 +52,28 @@ def test_keeps_a_hundredth_of_full_fine_tuning(name):
     assert full >= 100 * lean, f"{full / 1e6:.1f} MB / {lean / 1e6:.2f} MB"
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "resnet18", "efficientnet_b0", "vit_tiny_patch16_224"])
+def test_under_bf16_autocast_the_forward_is_bitwise_and_no_weight_is_copied(name):
+    options = {"img_size": 64, "depth": 3} if name.startswith("vit") else {}
+    plain = random_net(name, torch.float32, **options)
+    x = torch.randn(2, 3, 64, 64)
+    model = copy.deepcopy(plain)
+    plan = plan_at(model, x, (0.1,))
+    apply_plan(model, plan)
+    model.get_submodule(plan.pool[0]).slot.set((0, 1))
+    frozen = {parameter.shape for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    saved: list[torch.Tensor] = []
+    pack = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), pack:
+        y = model(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(y, plain(x))
+    copies = [tensor for tensor in saved if tensor.dtype == torch.bfloat16 and tensor.shape in frozen]
+    assert not copies
+    y.float().square().sum().backward()
+    assert torch.isfinite(model.get_submodule(plan.pool[0]).slot.proxy.grad).all()
+
+
 def test_remove_plan_brings_every_class_back():
     model = random_net("mobilenetv2_100")
     classes = [type(module) for module in model.modules()]
