@@ -1,0 +1,169 @@
+"""Modules whose policy allows rounding: same forward bits, the bytes that are promised, and bounded errors."""
+
+from __future__ import annotations
+
+import copy
+from math import ceil
+
+import pytest
+import timm.layers
+import torch
+from kept import forward_backward, kept_bytes, lean_twin
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import nn
+
+import trady_triton.models  # noqa: F401  teaches timm's types
+
+X = (3, 8, 9, 7)
+COUNT = 3 * 8 * 9 * 7
+SMOOTH = {
+    "silu": (nn.SiLU(), 211, 0.31),
+    "silu-inplace": (nn.SiLU(inplace=True), 211, 0.31),
+    "gelu": (nn.GELU(), 201, 0.36),
+    "gelu-tanh": (nn.GELU(approximate="tanh"), 201, 0.36),
+    "timm-gelu": (timm.layers.GELU(), 201, 0.36),
+    "timm-gelu-tanh": (timm.layers.GELUTanh(), 201, 0.36),
+    "hardswish": (nn.Hardswish(), 127, 0.51),
+    "hardswish-inplace": (nn.Hardswish(inplace=True), 127, 0.51),
+}
+NORMS = {
+    "layer-norm": (nn.LayerNorm(7), 3 * 8 * 9),
+    "layer-norm-2": (nn.LayerNorm((9, 7), elementwise_affine=False), 3 * 8),
+    "timm-layer-norm": (timm.layers.LayerNorm(7), 3 * 8 * 9),
+    "layer-norm-2d": (timm.layers.LayerNorm2d(8), 3 * 9 * 7),
+}
+GATES = {
+    "squeeze-excite": SqueezeExcite(8, rd_ratio=0.5),
+    "se-module": timm.layers.SEModule(8, rd_channels=4),
+    "effective-se": timm.layers.EffectiveSEModule(8),
+}
+each_smooth = pytest.mark.parametrize(("module", "scale", "gap"), SMOOTH.values(), ids=SMOOTH.keys())
+each_norm = pytest.mark.parametrize(("module", "rows"), NORMS.values(), ids=NORMS.keys())
+each_gate = pytest.mark.parametrize("module", GATES.values(), ids=GATES.keys())
+each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def ready(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    module = copy.deepcopy(module).to(dtype).eval()
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return module
+
+
+def sample(dtype: torch.dtype = torch.float64, **options: torch.memory_format) -> torch.Tensor:
+    torch.manual_seed(0)
+    return (2 * torch.randn(X, dtype=dtype)).to(**options)
+
+
+@each_smooth
+@each_layout
+@pytest.mark.parametrize("bits", [8, 2])
+def test_packed_derivative_errs_by_half_a_step(module, scale, gap, layout, bits):
+    plain, x = ready(module), sample(memory_format=layout)
+    dy = torch.randn(X, dtype=torch.float64)
+    y, dx = forward_backward(plain, x, dy)
+    lean_y, lean_dx = forward_backward(lean_twin(plain, activations=bits), x, dy)
+    assert torch.equal(lean_y, y)
+    bound = 0.5 / scale if bits == 8 else gap
+    assert ((lean_dx - dx).abs() <= (bound + 1e-9) * dy.abs()).all()
+
+
+@each_smooth
+def test_dead_and_saturated_elements_stay_exact_in_eight_bits(module, scale, gap):
+    x = torch.tensor([-40.0, 40.0, -60.0, 60.0], dtype=torch.float64)
+    _, dx = forward_backward(module, x)
+    torch.testing.assert_close(forward_backward(lean_twin(module, activations=8), x)[1], dx, rtol=0, atol=1e-12)
+
+
+@each_smooth
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "promised"), [(8, COUNT), (2, 2 * ceil(COUNT / 8))])
+def test_smooth_activation_keeps_its_bits_alone(module, scale, gap, dtype, bits, promised):
+    lean, start = lean_twin(module, activations=bits), sample(dtype).requires_grad_() * 1
+    assert kept_bytes(lambda: lean(start), lean)[1] == promised
+
+
+@each_smooth
+def test_smooth_activation_of_an_odd_shape(module, scale, gap):
+    for shape in ((), (1,), (5, 3)):
+        x = torch.randn(shape, dtype=torch.float64)
+        for bits in (8, 2):
+            assert forward_backward(lean_twin(module, activations=bits), x)[1].shape == shape
+
+
+@each_norm
+@each_layout
+def test_packed_layer_norm_errs_little(module, rows, layout):
+    plain, x = ready(module), sample(memory_format=layout)
+    dy = torch.randn(X, dtype=torch.float64)
+    y, dx = forward_backward(plain, x, dy)
+    lean_y, lean_dx = forward_backward(lean_twin(plain, activations=8), x, dy)
+    assert torch.equal(lean_y, y)
+    assert (lean_dx - dx).norm() <= 0.01 * dx.norm()
+
+
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layer_norm_keeps_a_byte_an_element_and_eight_a_row(module, rows, dtype):
+    lean, start = lean_twin(ready(module, dtype), activations=8), sample(dtype).requires_grad_() * 1
+    assert kept_bytes(lambda: lean(start), lean)[1] == COUNT + 8 * rows
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(7), timm.layers.LayerNorm(7), timm.layers.LayerNorm2d(8)])
+def test_layer_norm_with_a_trained_affine_is_exact(module):
+    plain, x = ready(module), sample()
+    lean = lean_twin(plain, activations=8).requires_grad_(True)
+    _, dx = forward_backward(plain, x)
+    assert torch.equal(forward_backward(lean, x)[1], dx)
+    assert torch.equal(lean.weight.grad, plain.weight.grad)
+
+
+@each_gate
+@each_layout
+def test_packed_gate_errs_little(module, layout):
+    plain, x = ready(module), sample(memory_format=layout)
+    dy = torch.randn(X, dtype=torch.float64)
+    y, dx = forward_backward(plain, x, dy)
+    lean_y, lean_dx = forward_backward(lean_twin(plain, activations=8), x, dy)
+    assert torch.equal(lean_y, y)
+    assert (lean_dx - dx).norm() <= 0.01 * dx.norm()
+
+
+@each_gate
+def test_packed_gate_keeps_a_byte_an_element(module):
+    start = sample(torch.float32).requires_grad_() * 1
+    lean = lean_twin(ready(module, torch.float32), activations=8)
+    kept = kept_bytes(lambda: lean(start), lean)[1]
+    assert kept <= COUNT + 3 * 8 * 4 * 3 + 3 * 8 * 4, "x a byte an element; low, step, gate and the bottleneck a plane"
+
+
+@pytest.mark.parametrize(
+    "module", [*(m for m, *_ in SMOOTH.values()), *(m for m, _ in NORMS.values()), *GATES.values()]
+)
+def test_the_default_policy_is_exact(module):
+    plain, x = ready(module), sample()
+    dy = torch.randn(X, dtype=torch.float64)
+    y, dx = forward_backward(plain, x, dy)
+    lean_y, lean_dx = forward_backward(lean_twin(plain), x, dy)
+    assert torch.equal(lean_y, y)
+    torch.testing.assert_close(lean_dx, dx, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", [nn.GELU(), nn.LayerNorm(7), SqueezeExcite(8)])
+def test_packs_nothing_where_no_graph_is_built(module):
+    lean = lean_twin(ready(module), activations=8)
+    with torch.no_grad():
+        y, kept = kept_bytes(lambda: lean(sample().requires_grad_()), lean)
+    assert (kept, y.requires_grad) == (0, False)
+
+
+@pytest.mark.parametrize("module", [nn.GELU(), nn.LayerNorm(7)])
+def test_packed_modules_work_under_autocast(module):
+    lean, plain = lean_twin(module, activations=8), module
+    x, dy = sample(torch.bfloat16), torch.randn(X, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        (lean_y, lean_dx), (y, dx) = forward_backward(lean, x, dy), forward_backward(plain, x, dy)
+    assert torch.equal(lean_y, y)
+    assert lean_dx.dtype == dx.dtype
+    assert (lean_dx - dx).float().norm() <= 0.02 * dx.float().norm()

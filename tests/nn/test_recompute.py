@@ -1,0 +1,156 @@
+"""Blocks and attention that run twice: exact gradients, and their inputs alone kept."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from kept import kept_bytes
+from nets import fake_net, plan_at, random_net
+from test_exact_nets import assert_same
+from torch import Tensor, nn
+
+from trady_triton import apply_plan, remove_plan
+from trady_triton.nn.choose import blocks, choose_recompute
+from trady_triton.nn.recompute import recomputed
+from trady_triton.policy import Policy
+
+SMALL = {
+    "efficientnet_b0": (32, {}),
+    "mobilenetv3_small_100": (32, {}),
+    "vit_tiny_patch16_224": (32, {"img_size": 32, "depth": 4}),
+    "swin_tiny_patch4_window7_224": (56, {"img_size": 56, "depths": (1, 2, 1)}),
+    "convnext_atto": (32, {}),
+    "regnety_002": (32, {}),
+    "densenet121": (32, {}),
+}
+EXACT = {"lean": {}, "attention": {"attention": "recompute"}, "blocks": {"recompute": True}}
+CASES = [
+    (name, policy) for name in SMALL for policy in EXACT if policy != "attention" or name.startswith(("vit", "swin"))
+]
+
+
+class Two(nn.Module):
+    """A block with a random layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.drop(self.inner(x).sin()) * scale
+
+
+def gradients(model: nn.Module, x: Tensor, layers: dict[str, range], head: str) -> tuple[Tensor, ...]:
+    """(y, dX, dW[:, channels] of each layer, dW of the head); plain or planned."""
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    y.square().sum().backward()
+    compact = []
+    for name, channels in layers.items():
+        layer = model.get_submodule(name)
+        slot = getattr(layer, "slot", None)
+        compact.append(layer.weight.grad.transpose(0, 1)[channels] if slot is None else slot.proxy.grad)
+    return y.detach(), leaf.grad, *compact, model.get_submodule(head).weight.grad
+
+
+@pytest.mark.parametrize(("name", "policy"), CASES)
+def test_exact_policies_have_the_gradients_of_the_plain_net(name, policy):
+    size, options = SMALL[name]
+    plain = random_net(name, **options)
+    model, x = copy.deepcopy(plain), torch.randn(2, 3, size, size, dtype=torch.float64)
+    plan = plan_at(model, x, (0.0, 0.4, 0.9))
+    chosen = {**EXACT[policy], "recompute": blocks(model) if policy == "blocks" else ()}
+    apply_plan(model, replace(plan, policy=Policy(**chosen)))
+    drawn = {layer: range(0, plan.shapes[layer].in_channels, 2) for layer in plan.pool}
+    for layer, channels in drawn.items():
+        model.get_submodule(layer).slot.set(channels)
+    lean, dense = (gradients(net, x, drawn, plan.head[0]) for net in (model, plain))
+    assert torch.equal(lean[0], dense[0])
+    for ours, theirs in zip(lean[1:], dense[1:], strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_recomputed_module_keeps_its_input_alone():
+    module, x = recomputed_copy(Two()), torch.randn(3, 4, requires_grad=True) * 1
+    assert kept_bytes(lambda: module(x), module)[1] == x.numel() * 4
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_a_recomputed_module_keeps_nothing_where_nothing_is_trained(context):
+    module = recomputed_copy(Two().requires_grad_(False))
+    with context():
+        assert kept_bytes(lambda: module(torch.randn(3, 4)), module)[1] == 0
+
+
+def test_the_second_run_draws_the_same_dropout():
+    plain = Two()
+    module, x = recomputed_copy(plain), torch.randn(3, 4)
+    grads = []
+    for net in (module, plain):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        net(leaf, scale=2.0).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_and_pickles_of_a_recomputed_module_work(duplicate):
+    module, x = recomputed_copy(Two()).eval(), torch.randn(3, 4)
+    twin = duplicate(module)
+    assert type(twin) is type(module)
+    assert torch.equal(twin(x), module(x))
+
+
+def test_remove_plan_undoes_recomputation():
+    model = random_net("efficientnet_b0")
+    classes = [type(module) for module in model.modules()]
+    plan = plan_at(model, torch.zeros(1, 3, 32, 32, dtype=torch.float64), (0.5,))
+    remove_plan(apply_plan(model, replace(plan, policy=Policy(recompute=blocks(model), activations=8))))
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("policy" in vars(module) for module in model.modules())
+
+
+def test_an_unknown_block_is_refused():
+    model = random_net("efficientnet_b0")
+    plan = plan_at(model, torch.zeros(1, 3, 32, 32, dtype=torch.float64), (0.5,))
+    with pytest.raises(ValueError, match=r"recompute 'blocks\.99'"):
+        apply_plan(model, replace(plan, policy=Policy(recompute=("blocks.99",))))
+
+
+BARS = {  # full fine-tuning over what the chosen exact policy keeps, batch 8, 224 px, the layer at 25 % depth trained
+    "efficientnet_b0": 60,
+    "mobilenetv3_large_100": 35,
+    "swin_tiny_patch4_window7_224": 24,
+    "convnext_tiny": 19,
+    "vit_tiny_patch16_224": 14,
+}
+
+
+@pytest.mark.parametrize(("name", "bar"), BARS.items())
+def test_chosen_exact_policy_keeps_few_bytes(name, bar):
+    model = random_net(name, torch.float32)
+    shape = (8, 3, 224, 224)
+    with fake_net(model) as fake:
+        x = torch.empty(shape)
+        full = kept_bytes(partial(fake, x), fake)[1]
+        plan = plan_at(fake, x, (0.25,))
+    plan = choose_recompute(replace(plan, budget=2 * plan.cost.channel_cost(plan.shapes[plan.pool[0]])), model, shape)
+    with fake_net(model) as fake:
+        apply_plan(fake, plan)
+        fake.get_submodule(plan.pool[0]).slot.set((0, 1))
+        lean = kept_bytes(partial(fake, torch.empty(shape)), fake)[1]
+    assert plan.policy.is_exact
+    assert full >= bar * lean, f"{full / 1e6:.1f} MB / {lean / 1e6:.2f} MB = {full / lean:.1f}"
+
+
+def recomputed_copy(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module)
+    twin.__class__ = recomputed(type(module))
+    return twin

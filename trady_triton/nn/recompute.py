@@ -1,0 +1,57 @@
+"""Modules that keep their input alone and run a second time in the backward: exact, for the time of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+_RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module type whose forward is recomputed in the backward. One class for a type."""
+    if kind not in _RECOMPUTED:
+        _RECOMPUTED[kind] = _make_recomputed(kind)
+    return _RECOMPUTED[kind]
+
+
+def _make_recomputed(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_recomputed(self, partial(kind.forward, self), *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (kind,), vars(self).copy()
+
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(f"Recomputed{kind.__name__}", (kind,), body)
+
+
+def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """forward(*args, **kwargs) of the module, keeping the inputs alone; the plain call where nothing is recorded."""
+    if not _records(module, (args, kwargs)):
+        return forward(*args, **kwargs)
+    # The lists of the arguments are copied: DenseNet appends to its list of features after the call.
+    args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _records(module: nn.Module, inputs: Any) -> bool:
+    """Whether autograd records anything in a call: `checkpoint` would keep the inputs even if not."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (value for value in tree_leaves(inputs) if isinstance(value, Tensor))
+    if any(tensor.requires_grad for tensor in (*tensors, *module.parameters())):
+        return True
+    slots = (getattr(child, "slot", None) for child in module.modules())
+    return any(slot is not None and slot.channels.numel() > 0 for slot in slots)
+
+
+def _rebuild(kind: type[nn.Module]) -> nn.Module:
+    """An empty module of the recomputed type, for copies and pickles, which cannot find a class made at run time."""
+    return nn.Module.__new__(recomputed(kind))
