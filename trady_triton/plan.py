@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from trady_triton.cost import CostModel, LayerShape
+from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking
 from trady_triton.sampling import FILLS, draw_uniform
 from trady_triton.serial import read_json, write_json
@@ -53,6 +54,7 @@ class Plan:
     seed: int = 0
     train_bias: bool = False
     train_norm: bool = False
+    policy: Policy = Policy()
 
     def sample(self, epoch: int) -> dict[str, tuple[int, ...]]:
         """The channels of an epoch: layer name -> input channel ids, ascending, for every layer of the pool.
@@ -126,8 +128,9 @@ class Plan:
         try:
             shapes = {name: LayerShape.from_dict(shape) for name, shape in content.pop("shapes").items()}
             cost = CostModel(**content.pop("cost"))
+            policy = Policy(**content.pop("policy"))
             pool, head = tuple(content.pop("pool")), tuple(content.pop("head"))
-            return cls(shapes=shapes, pool=pool, head=head, cost=cost, **content)
+            return cls(shapes=shapes, pool=pool, head=head, cost=cost, policy=policy, **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the plan is damaged ({error!r})") from error
 
@@ -147,6 +150,7 @@ def make_plan(
     seed: int = 0,
     train_bias: bool = False,
     train_norm: bool = False,
+    policy: Policy = Policy(),  # noqa: B008  frozen
 ) -> Plan:
     """Choose the pool of layers and fix the budget.
 
@@ -168,6 +172,7 @@ def make_plan(
         seed: of all draws.
         train_bias: also train the biases of the ranked layers, outside the budget.
         train_norm: also train the weights and biases of normalisation layers, outside the budget.
+        policy: what the frozen layers keep for the backward; the default is exact.
 
     Raises:
         ValueError: an option out of its range, an unknown layer name, or a budget that no channel of the pool fits.
@@ -186,7 +191,7 @@ def make_plan(
         _check_names(layers, shapes)
     _check_budget(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
     pool = tuple(layers) if layers is not None else _choose_pool(ranking, cost, limit, coverage, k)
-    return Plan(shapes, pool, ranking.head, limit, cost, fill, seed, train_bias, train_norm)
+    return Plan(shapes, pool, ranking.head, limit, cost, fill, seed, train_bias, train_norm, policy)
 
 
 def parse_budget(budget: int | str) -> tuple[int, bool]:

@@ -2,12 +2,24 @@
 
 from torch import nn
 
+from trady_triton.nn.activation import LeanHardsigmoid, LeanHardtanh, LeanLeakyReLU, LeanReLU, LeanReLU6
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.linear import LeanLinear
+from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
+from trady_triton.nn.pool import LeanAvgPool2d, LeanMaxPool2d
 from trady_triton.registry import register_lean
 
 register_lean(nn.Conv2d, LeanConv2d)
 register_lean(nn.Linear, LeanLinear)
+register_lean(nn.BatchNorm1d, LeanBatchNorm1d)
+register_lean(nn.BatchNorm2d, LeanBatchNorm2d)
+register_lean(nn.ReLU, LeanReLU)
+register_lean(nn.ReLU6, LeanReLU6)
+register_lean(nn.LeakyReLU, LeanLeakyReLU)
+register_lean(nn.Hardtanh, LeanHardtanh)
+register_lean(nn.Hardsigmoid, LeanHardsigmoid)
+register_lean(nn.MaxPool2d, LeanMaxPool2d)
+register_lean(nn.AvgPool2d, LeanAvgPool2d)
 
 __all__ = ["AppliedPlan", "LeanConv2d", "LeanLinear", "apply_plan", "register_lean", "remove_plan"]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.cost import LayerShape
+from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
 from trady_triton.registry import lean_type
 from trady_triton.slot import ChannelSlot, attach_slot, detach_slot
@@ -53,6 +54,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     )
     for name, lean in swaps.items():
         modules[name].__class__ = lean
+        if hasattr(lean, "policy"):
+            modules[name].policy = plan.policy  # type: ignore[assignment]
     _install_slots(model, plan)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -70,7 +73,8 @@ def remove_plan(model: nn.Module) -> nn.Module:
         raise ValueError("the model has no plan to remove")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name, kind in applied.classes.items():
-        modules[name].__dict__.pop("slot", None)
+        for runtime in ("slot", "policy"):
+            modules[name].__dict__.pop(runtime, None)
         modules[name].__class__ = kind
     for name, flag in applied.requires_grad.items():
         detach_slot(parameters[name])
@@ -96,6 +100,9 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
     for name in plan.head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
+    for name in plan.policy.recompute:
+        if name not in modules:
+            raise ValueError(f"recompute {name!r}: the model has no module of that name")
 
 
 def _sizes(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int, tuple[int, ...]]:
@@ -120,9 +127,11 @@ def _trained_parameters(model: nn.Module, plan: Plan) -> set[int]:
 
 
 def _lean_class(name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
-    """The lean class of a module outside the head, if its type was taught."""
-    in_head = any(name == head or name.startswith(head + ".") for head in plan.head)
-    return None if in_head else lean_type(type(module))
+    """The class that a module outside the head takes: lean if its type was taught, recomputed if the plan says so."""
+    if any(name == head or name.startswith(head + ".") for head in plan.head):
+        return None
+    lean = lean_type(type(module))
+    return recomputed(lean or type(module)) if name in plan.policy.recompute else lean
 
 
 def _install_slots(model: nn.Module, plan: Plan) -> None:

@@ -1,0 +1,74 @@
+"""BatchNorm on its running statistics with a frozen affine: a scale for each channel, which needs no input back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_triton.nn.graph import builds_graph, is_frozen
+from trady_triton.policy import Policy
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """F.batch_norm in eval mode; x [N, C, *S]. Keeps references to the module's own tensors and nothing of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(mean, var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, weight = ctx.saved_tensors
+        # In eval mode dX = dY * weight / sqrt(var + eps); torch's own kernel takes an input of dY's shape, unread.
+        dx = torch.ops.aten.native_batch_norm_backward(
+            dy, dy, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
+        )[0]
+        return dx, None, None, None, None, None
+
+
+def lean_batch_norm(module: _BatchNorm, x: Tensor, policy: Policy) -> Tensor | None:
+    """The module's normalisation of x [N, C, *S] by its running statistics; None where the plain forward is due.
+
+    That is where there are no running statistics, or the policy gives the batch's own to a module in train mode.
+    """
+    mean, var = module.running_mean, module.running_var
+    if mean is None or var is None or (module.training and policy.batch_norm == "train"):
+        return None
+    if builds_graph(x) and is_frozen(module):
+        y: Tensor = _FrozenBatchNorm.apply(x, mean, var, module.weight, module.bias, module.eps)
+        return y
+    return F.batch_norm(x, mean, var, module.weight, module.bias, False, 0.0, module.eps)
+
+
+class LeanBatchNorm1d(nn.BatchNorm1d):
+    """nn.BatchNorm1d that keeps nothing while its statistics and its affine are frozen."""
+
+    policy: Policy = Policy()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [N, C] or [N, C, L] -> the same shape."""
+        self._check_input_dim(input)
+        y = lean_batch_norm(self, input, self.policy)
+        return super().forward(input) if y is None else y
+
+
+class LeanBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that keeps nothing while its statistics and its affine are frozen."""
+
+    policy: Policy = Policy()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [N, C, H, W] -> the same shape."""
+        self._check_input_dim(input)
+        y = lean_batch_norm(self, input, self.policy)
+        return super().forward(input) if y is None else y

@@ -1,0 +1,46 @@
+"""Policy: what the layers around the trained ones keep for the backward, and how exactly. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BATCH_NORM = ("eval", "train")
+ACTIVATIONS = ("exact", 8, 2)
+ATTENTION = ("keep", "recompute")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the frozen part of the network is treated. The default is exact and costs no second forward.
+
+    Attributes:
+        batch_norm: "eval" normalises with the running statistics even in train mode and keeps nothing; "train" leaves
+            the mode to `model.train()`: the batch's own statistics, and every input kept.
+        activations: "exact" keeps what an exact derivative needs: a bit an element for ReLU and its kin, the input
+            (4 or 2 bytes) for SiLU, GELU, Hardswish, LayerNorm and gates. 8 keeps one byte instead, an error of some
+            0.3 % a layer. 2 keeps two bits of the derivative of SiLU, GELU and Hardswish and a byte elsewhere: an
+            APPROXIMATION whose error grows with the depth.
+        attention: "keep" keeps q, k, v and the output; "recompute" the input alone, exactly, for a second forward.
+        recompute: names of modules that keep their input alone and run again in the backward, exactly.
+    """
+
+    batch_norm: str = "eval"
+    activations: str | int = "exact"
+    attention: str = "keep"
+    recompute: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", tuple(self.recompute))
+        for name, choices in (("batch_norm", BATCH_NORM), ("activations", ACTIVATIONS), ("attention", ATTENTION)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} {value!r}: wanted one of {', '.join(map(repr, choices))}")
+
+    @property
+    def derivative_bits(self) -> int | None:
+        """Bits of a smooth activation's derivative; None keeps its input."""
+        return self.activations if isinstance(self.activations, int) else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether gradients are those of the plain network, up to the order of the sums."""
+        return self.activations == "exact"
