@@ -1,1 +1,1 @@
-"""The trady command: the training loop behind it, data, checkpoints, plots and reports."""
+"""The `trady` command: training loop, data, checkpoints, tables and plots. May import timm; the library may not."""

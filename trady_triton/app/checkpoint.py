@@ -1,0 +1,106 @@
+"""Checkpoints of a run: written whole or not at all, read without running anything that they contain."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+FORMAT = "trady_triton.checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run between two steps: `step` steps of `epoch` are done. `run` is its configuration, plain values."""
+
+    run: dict[str, Any]
+    epoch: int
+    step: int
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    random: dict[str, Any]
+
+    @classmethod
+    def take(
+        cls, run: dict[str, Any], epoch: int, step: int, model: nn.Module, optimizer: Optimizer, scheduler: Scheduler
+    ) -> Checkpoint:
+        """The state as it is now; the tensors are the run's own, so save before the next step."""
+        return cls(run, epoch, step, model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), random_state())
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: Scheduler) -> None:
+        """Put everything back.
+
+        Raises:
+            ValueError: the checkpoint is of another model or another plan.
+        """
+        try:
+            model.load_state_dict(self.model)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another model ({error})") from error
+        optimizer.load_state_dict(self.optimizer)
+        scheduler.load_state_dict(self.scheduler)
+        set_random_state(self.random)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file; an interrupted write leaves the older one as it was."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".part")
+        torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, scratch)
+        os.replace(scratch, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Read a file of `save`, its tensors on the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, damaged, or something else.
+        """
+        content = load_tensors(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a checkpoint of this program")
+        if (version := content.get("version")) != VERSION:
+            raise ValueError(f"{path}: checkpoint version {version!r}, this program reads version {VERSION}")
+        try:
+            return cls(**{key: value for key, value in content.items() if key not in ("format", "version")})
+        except TypeError as error:
+            raise ValueError(f"{path}: the checkpoint is damaged ({error})") from error
+
+
+def load_tensors(path: str | os.PathLike[str]) -> Any:
+    """`torch.load` of tensors and plain values, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or holds more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: truncated, damaged, or no file of tensors ({type(error).__name__})") from error
+
+
+def random_state() -> dict[str, Any]:
+    """State of the process-wide generators that dropout and transforms draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put a `random_state()` back; states of GPUs that this machine lacks are left out."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, device)

@@ -1,0 +1,214 @@
+"""One fine-tuning run in one folder: plan.json, log.jsonl (a line an epoch), checkpoint.pt, model.safetensors.
+
+A run that was stopped goes on bit for bit on a CPU: the order of the data and the draws are functions of the epoch, and
+a checkpoint holds everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from trady_triton import Plan
+from trady_triton.app.checkpoint import Checkpoint
+from trady_triton.app.loader import Batches
+from trady_triton.app.train import (
+    METHODS,
+    EpochResult,
+    StepResult,
+    evaluate,
+    make_optimizer,
+    make_scheduler,
+    start_epoch,
+    train_epoch,
+)
+
+CHECKPOINT, LOG, MODEL, PLAN = "checkpoint.pt", "log.jsonl", "model.safetensors", "plan.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the course of a run, plan and weights aside; a resumed run must have the same.
+
+    `warmup` is the share of all steps in which the learning rate rises to `lr`.
+    """
+
+    net: str
+    data: str
+    method: str = "trady"
+    budget: str | None = None
+    epochs: int = 10
+    lr: float = 0.05
+    batch_size: int = 32
+    image_size: int = 224
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    warmup: float = 0.1
+    augment: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"--method {self.method!r}: wanted one of {', '.join(METHODS)}")
+        for name in ("epochs", "batch_size", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least 1")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup {self.warmup}: wanted a share of the steps, from 0 to 1")
+
+
+Record = dict[str, Any]
+
+
+class Run:
+    """A model on its way through the epochs of its settings.
+
+    `epoch` and `step` say how far it is: that many epochs, and that many steps of the next one, are done.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, settings: Settings, out: Path, plan: Plan | None = None
+    ) -> None:
+        """Sets up the model for the method. Nothing is read or written yet.
+
+        Raises:
+            ValueError: the plan is missing or was made for another model, or a setting is out of its range.
+        """
+        self.model, self.batches, self.settings, self.out, self.plan = model, batches, settings, out, plan
+        self.optimizer = make_optimizer(
+            model, settings.method, lr=settings.lr, weight_decay=settings.weight_decay, plan=plan
+        )
+        steps = settings.epochs * batches.train_steps
+        self.scheduler = make_scheduler(self.optimizer, steps=steps, warmup_steps=round(settings.warmup * steps))
+        self.epoch = self.step = 0
+        self.records: list[Record] = []
+        torch.manual_seed(settings.seed)
+
+    def resume(self) -> None:
+        """Go back to where the checkpoint in the folder was taken.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is damaged, or of a run with other settings.
+        """
+        saved = Checkpoint.load(self.out / CHECKPOINT)
+        for name, value in asdict(self.settings).items():
+            if (before := saved.run.get(name)) != value:
+                raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
+        saved.restore(self.model, self.optimizer, self.scheduler)
+        self.epoch, self.step = saved.epoch, saved.step
+        self.records = read_log(self.out / LOG)[: self.epoch]
+
+    def train(
+        self,
+        on_step: Callable[[StepResult], None] = lambda result: None,
+        on_epoch: Callable[[Record], None] = lambda record: None,
+    ) -> list[Record]:
+        """Train to the last epoch, with a checkpoint after each; the records of all epochs.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, after the step under way was completed and saved. A second Ctrl-C stops at once
+                and leaves the checkpoint of before.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.plan is not None:
+            self.plan.save(self.out / PLAN)
+        with interrupt_deferred() as interrupted:
+            while self.epoch < self.settings.epochs:
+                on_epoch(self._train_epoch(on_step, interrupted))
+                if interrupted() and self.epoch < self.settings.epochs:
+                    raise KeyboardInterrupt
+        save_model(self.model, str(self.out / MODEL))
+        return self.records
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = Checkpoint.take(
+            asdict(self.settings), self.epoch, self.step, self.model, self.optimizer, self.scheduler
+        )
+        state.save(self.out / CHECKPOINT)
+
+    def _train_epoch(self, on_step: Callable[[StepResult], None], interrupted: Callable[[], bool]) -> Record:
+        def after_step(result: StepResult) -> None:
+            self.step += 1
+            on_step(result)
+            if interrupted() and self.step < self.batches.train_steps:
+                self.save()
+                raise KeyboardInterrupt
+
+        start_epoch(self.optimizer, self.epoch)
+        result = train_epoch(
+            self.model,
+            self.optimizer,
+            self.batches.train(self.epoch, self.step),
+            nn.functional.cross_entropy,
+            scheduler=self.scheduler,
+            first_update=self.epoch * self.batches.train_steps + self.step,
+            max_grad_norm=self.settings.max_grad_norm,
+            on_step=after_step,
+        )
+        self.records.append(self._record(result))
+        self.epoch, self.step = self.epoch + 1, 0
+        write_log(self.out / LOG, self.records)
+        self.save()
+        return self.records[-1]
+
+    def _record(self, result: EpochResult) -> Record:
+        """A line of the log. After a stop inside an epoch, loss and training accuracy are of its `steps` since then."""
+        return {
+            "epoch": self.epoch,
+            "loss": result.loss,
+            "train_accuracy": result.accuracy,
+            "test_accuracy": evaluate(self.model, self.batches.test()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "steps": result.steps,
+            "seconds": round(result.seconds, 3),
+        }
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C only be noted, so that a step is never cut in two; the second acts as usual."""
+    asked = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_log(path: Path) -> list[Record]:
+    """The records of a log, none where there is no file.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the log is damaged ({error})") from error
+
+
+def write_log(path: Path, records: list[Record]) -> None:
+    """One line of JSON a record; lines of epochs that are trained again after a resume are replaced."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(scratch, path)

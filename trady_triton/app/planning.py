@@ -1,0 +1,133 @@
+"""Rankings and plans for the command: measured here, or read from a file and checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trady_triton import Plan, Ranking, rank_layers
+from trady_triton.app.loader import random_batches
+from trady_triton.cost import CostModel, LayerShape
+
+
+def rank_on(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0) -> Ranking:
+    """`rank_layers` with cross-entropy, batches moved to the model's device."""
+    device = next(model.parameters()).device
+    moved = ((inputs.to(device), target.to(device)) for inputs, target in batches)
+    return rank_layers(model, moved, nn.functional.cross_entropy, seed=seed)
+
+
+def rank_on_noise(model: nn.Module, image_size: int, *, batch_size: int = 8, steps: int = 4, seed: int = 0) -> Ranking:
+    """A first ranking without data: noise for images, random labels."""
+    classes: Any = getattr(model, "num_classes", 0) or model.num_features
+    return rank_on(model, random_batches(image_size, classes, batch_size=batch_size, steps=steps, seed=seed), seed)
+
+
+def load_ranking(path: str, model: nn.Module, image_size: int) -> Ranking:
+    """Read a ranking and check that it was measured on this model at this image size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of another model or size.
+    """
+    ranking = Ranking.load(path)
+    check_shapes(path, {layer.name: layer.shape for layer in ranking.layers}, model, image_size)
+    return ranking
+
+
+def load_plan(path: str, model: nn.Module, image_size: int) -> Plan:
+    """Read a plan and check that it was made for this model at this image size; raises as `load_ranking`."""
+    plan = Plan.load(path)
+    check_shapes(path, plan.shapes, model, image_size)
+    return plan
+
+
+def check_shapes(path: str, shapes: Mapping[str, LayerShape], model: nn.Module, image_size: int) -> None:
+    """Raises ValueError where the layers of a file are not those of the model, or see inputs of another size.
+
+    A plan of another image size would run, but its budget would be wrong.
+    """
+    own = {layer.name: layer.shape for layer in rank_on_noise(model, image_size, batch_size=1, steps=1).layers}
+    strange = sorted(shapes.keys() ^ own.keys())
+    if strange:
+        place = "the file" if strange[0] in shapes else "the model"
+        raise ValueError(f"{path}: made for another model, layer {strange[0]!r} is only in {place}; rank this model")
+    for name, shape in shapes.items():
+        if shape != own[name]:
+            raise ValueError(f"{path}: made for another model or image size: layer {name!r} is {_sizes(shape)} there, "
+                             f"{_sizes(own[name])} in this model at {image_size} px; rank this model")  # fmt: skip
+
+
+def describe(plan: Plan, net: str) -> dict[str, Any]:
+    """The plan as one JSON object, with what it is expected to save."""
+    elements = CostModel(depthwise=plan.cost.depthwise)
+    savings = plan.expected()
+    return {
+        "net": net,
+        "budget": plan.budget,
+        "unit": plan.cost.unit,
+        "cost_model": plan.cost.depthwise,
+        "batch_size": plan.cost.batch_size,
+        "k": len(plan.pool),
+        "pool": list(plan.pool),
+        "pool_elements": sum(
+            plan.shapes[name].in_channels * elements.channel_cost(plan.shapes[name]) for name in plan.pool
+        ),
+        "pool_cost": plan.pool_cost,
+        "total_elements": plan.total_elements,
+        "smallest_budget": smallest_budget(plan)[1],
+        "expected": {
+            "channels": savings.channels,
+            "used": savings.used,
+            "weight_saving": savings.weight_saving,
+            "activation_saving": savings.activation_saving,
+            "wgrad_flops_saving": savings.wgrad_flops_saving,
+        },
+        "head": list(plan.head),
+        "fill": plan.fill,
+        "seed": plan.seed,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def smallest_budget(plan: Plan) -> tuple[str, int]:
+    """The layer of the pool with the cheapest channel, and what that channel costs."""
+    costs = {name: plan.cost.channel_cost(plan.shapes[name]) for name in plan.pool}
+    name = min(costs, key=lambda layer: costs[layer])
+    return name, costs[name]
+
+
+def mean_channels(plan: Plan, epochs: int = 300) -> dict[str, float]:
+    """How many channels of each layer of the pool an epoch draws, on average."""
+    draws = [plan.sample(epoch) for epoch in range(epochs)]
+    return {name: sum(len(draw[name]) for draw in draws) / epochs for name in plan.pool}
+
+
+def parse_budget_option(text: str) -> int | str:
+    """The option's text as `make_plan` wants it: a whole number of elements, or bytes such as "256KiB"."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one.
+
+    Raises:
+        ValueError: torch does not know the device, or it is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r}: {error}") from error
+    return device
+
+
+def _sizes(shape: LayerShape) -> str:
+    kernel = "x".join(map(str, shape.kernel_size)) or "linear"
+    return f"{shape.in_channels}->{shape.out_channels} {kernel} on {shape.in_positions} positions"

@@ -1,0 +1,125 @@
+"""What the command prints: the table of a plan, the bar and the lines of a run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trady_triton import Plan
+from trady_triton.app.finetune import Record
+from trady_triton.app.planning import mean_channels, smallest_budget
+from trady_triton.app.train import StepResult
+from trady_triton.cost import LayerShape
+
+
+def plan_table(plan: Plan) -> Table:
+    """Every ranked layer in the order of the forward: what a channel costs, its place in the pool, the mean draw."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    unit = plan.cost.unit
+    for heading in ("channels", f"{unit} each", f"{unit} in all", "rank in pool", "drawn an epoch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rank = {name: place for place, name in enumerate(plan.pool, 1)}
+    drawn = mean_channels(plan)
+    for name, shape in plan.shapes.items():
+        cost = plan.cost.channel_cost(shape)
+        place = (str(rank[name]), f"{drawn[name]:.1f}") if name in rank else ("-", "-")
+        row = (name, kind(shape), f"{shape.in_channels:,}", f"{cost:,}", f"{cost * shape.in_channels:,}", *place)
+        table.add_row(*row, style=None if name in rank else "dim")
+    return table
+
+
+def plan_summary(plan: Plan) -> str:
+    """The budget against what there is, and what training inside it saves."""
+    saving = plan.expected()
+    unit = plan.cost.unit
+    basis = "one sample" if unit == "elements" else f"a batch of {plan.cost.batch_size}"
+    channels = sum(plan.shapes[name].in_channels for name in plan.pool)
+    size, ranked = len(plan.pool), len(plan.shapes)
+    cheapest, least = smallest_budget(plan)
+    whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
+    return "\n".join(
+        (
+            f"budget       {plan.budget:,} {unit} for {basis}: "
+            f"{plan.budget / plan.pool_cost:.1%} of the pool, {plan.budget / whole:.1%} of all layers",
+            f"pool         {size} of {ranked} layers: {channels:,} channels, {plan.pool_cost:,} {unit}",
+            f"each epoch   {saving.channels:.1f} channels at {saving.used:,.0f} {unit}, on average",
+            f"saved        {saving.weight_saving:.1%} of the weight gradients, {saving.activation_saving:.1%} of the "
+            f"stored inputs, {saving.wgrad_flops_saving:.1%} of the dW FLOPs",
+            f"fits         from {least:,} {unit} on (one channel of {cheapest})",
+            f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
+        )
+    )
+
+
+def kind(shape: LayerShape) -> str:
+    """A layer in a word or two: "linear", "conv 3x3", "depthwise 3x3", "conv 3x3 in 4 groups"."""
+    if not shape.kernel_size:
+        return "linear"
+    size = "x".join(map(str, shape.kernel_size))
+    if shape.is_depthwise:
+        return f"depthwise {size}"
+    return f"conv {size}" + (f" in {shape.groups} groups" if shape.groups > 1 else "")
+
+
+def record_line(record: Record, epochs: int) -> str:
+    """One epoch in one line."""
+    return (
+        f"epoch {record['epoch'] + 1:>{len(str(epochs))}}/{epochs}  loss {record['loss']:.4f}  "
+        f"train {record['train_accuracy']:.1%}  test {record['test_accuracy']:.1%}  {record['seconds']:.1f} s"
+    )
+
+
+class RunBar:
+    """A bar over all steps of a run, with running loss and accuracy of the epoch and the time left; a context manager.
+
+    Where the output is no terminal only the line of each epoch is printed.
+    """
+
+    def __init__(self, console: Console, *, epochs: int, train_steps: int, done: int) -> None:
+        self.console, self.epochs, self.train_steps, self.done = console, epochs, train_steps, done
+        self.loss_sum, self.correct, self.samples = 0.0, 0, 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(self._title(), total=epochs * train_steps, completed=done, state="")
+
+    def __enter__(self) -> RunBar:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def step(self, result: StepResult) -> None:
+        """A step is done."""
+        self.loss_sum += result.loss * result.samples
+        self.correct += result.correct
+        self.samples += result.samples
+        self.done += 1
+        state = f"loss {self.loss_sum / self.samples:.3f}  accuracy {self.correct / self.samples:.1%}"
+        self.progress.update(self.task, completed=self.done, state=state)
+
+    def epoch(self, record: Record) -> None:
+        """An epoch is done: print its line and start the running means anew."""
+        self.loss_sum, self.correct, self.samples = 0.0, 0, 0
+        self.console.print(record_line(record, self.epochs), highlight=False)
+        self.progress.update(self.task, description=self._title())
+
+    def _title(self) -> str:
+        return f"epoch {min(self.done // self.train_steps + 1, self.epochs)}/{self.epochs}"

@@ -1,0 +1,189 @@
+"""The training loop behind the command: one epoch, one evaluation, and the optimizers of the methods compared.
+
+Batches are iterables of (input [N, ...], label [N]); they are moved to the device of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD, Optimizer
+
+from trady_triton import Plan, TraDyOptimizer, apply_plan
+from trady_triton.ranking import find_head
+
+METHODS = ("trady", "full", "head")
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step of an epoch: its number from 0, the batch's loss, and how many of its samples were right."""
+
+    step: int
+    loss: float
+    correct: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """Means over the samples of an epoch, and the wall-clock seconds of its steps, data included."""
+
+    loss: float
+    accuracy: float
+    seconds: float
+    steps: int
+
+
+def make_optimizer(
+    model: nn.Module, method: str, *, lr: float, weight_decay: float = 0.0, plan: Plan | None = None
+) -> Optimizer:
+    """Set up the model for a method and return its optimizer, SGD without momentum in every case.
+
+    "trady" applies `plan` to the model and trains the drawn channels and the head, "full" trains every parameter,
+    "head" the classifier alone.
+
+    Raises:
+        ValueError: an unknown method, no plan for "trady", a plan for another model, or a model without a classifier.
+    """
+    if method == "trady":
+        if plan is None:
+            raise ValueError("method 'trady' needs a plan")
+        apply_plan(model, plan)
+        return TraDyOptimizer(model.parameters(), plan, lr=lr, weight_decay=weight_decay)
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: wanted one of {', '.join(METHODS)}")
+    trained = list(model.parameters()) if method == "full" else _head_parameters(model)
+    chosen = {id(parameter) for parameter in trained}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    return SGD(trained, lr=lr, weight_decay=weight_decay)
+
+
+def make_scheduler(optimizer: Optimizer, *, steps: int, warmup_steps: int = 0) -> Scheduler:
+    """The paper's learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`, set every step."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, steps - warmup_steps),
+        warmup_t=warmup_steps,
+        warmup_lr_init=0.0,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def start_epoch(optimizer: Optimizer, epoch: int) -> None:
+    """Draw the channels of an epoch where the optimizer trains channels; the same epoch twice changes nothing."""
+    if isinstance(optimizer, TraDyOptimizer):
+        optimizer.resample(epoch)
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Batches,
+    loss_fn: Loss,
+    *,
+    scheduler: Scheduler | None = None,
+    first_update: int = 0,
+    max_grad_norm: float | None = None,
+    on_step: Callable[[StepResult], None] | None = None,
+) -> EpochResult:
+    """Train on every batch once. Call `start_epoch(optimizer, epoch)` before.
+
+    Args:
+        scheduler: a timm scheduler in steps; after each step it is told the number of updates made so far.
+        first_update: the updates made in earlier epochs.
+        max_grad_norm: clip the total norm of everything that is trained to this.
+        on_step: called when a step is complete; an exception that it raises leaves model and optimizer between steps.
+
+    Raises:
+        ValueError: no batches, or a loss that is not finite.
+    """
+    train_mode(model)
+    device = next(model.parameters()).device
+    loss_sum, correct, samples, steps = 0.0, 0, 0, 0
+    start = time.perf_counter()
+    for inputs, target in batches:
+        loss, hits = train_step(model, optimizer, inputs.to(device), target.to(device), loss_fn, max_grad_norm)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {steps}: lower the learning rate, or clip the gradient norm")
+        loss_sum, correct, samples = loss_sum + loss * len(target), correct + hits, samples + len(target)
+        steps += 1
+        if scheduler is not None:
+            scheduler.step_update(first_update + steps)
+        if on_step is not None:
+            on_step(StepResult(steps - 1, loss, hits, len(target)))
+    if steps == 0:
+        raise ValueError("no batches to train on")
+    return EpochResult(loss_sum / samples, correct / samples, time.perf_counter() - start, steps)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    target: Tensor,
+    loss_fn: Loss,
+    max_grad_norm: float | None = None,
+) -> tuple[float, int]:
+    """One update; the loss and the number of right answers before it."""
+    optimizer.zero_grad()
+    output = model(inputs)
+    loss = loss_fn(output, target)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
+    optimizer.step()
+    return loss.item(), int((output.detach().argmax(1) == target).sum())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches) -> float:
+    """Share of right answers. Leaves the model in eval mode.
+
+    Raises:
+        ValueError: no batches.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    correct = samples = 0
+    for inputs, target in batches:
+        correct += int((model(inputs.to(device)).argmax(1) == target.to(device)).sum())
+        samples += len(target)
+    if samples == 0:
+        raise ValueError("no batches to evaluate on")
+    return correct / samples
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but normalisation whose scale and shift are frozen stays in eval mode.
+
+    A frozen BatchNorm in train mode would still move its running statistics, away from the frozen weights that they
+    belong to, and would keep its whole input for the backward: more memory than the plan saves.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+
+
+def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    modules = dict(model.named_modules())
+    head = [parameter for name in find_head(model, []) for parameter in modules[name].parameters()]
+    if not head:
+        raise ValueError(f"{type(model).__name__} has no classifier to train: get_classifier() names none")
+    return head
