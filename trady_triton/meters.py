@@ -98,7 +98,7 @@ class KeptBytes:
         self._running.pop()
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # an output that kept its own graph alive would never be freed
         self._saved.append((weakref.ref(saved), self._running[-1] if self._running else OUTSIDE))
         return saved
 
