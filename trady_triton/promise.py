@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -49,8 +49,8 @@ def fit_memory(
     """The plan with the largest budget of channels whose every step stays within `memory`.
 
     All counts: weights, batch, activations, gradients, update; see `bound`. The batch is split where that is exact
-    and needed: the largest of N, N/2, N/4, ... samples at a time with which the budget pays for a tenth of its pool,
-    or else the one with which it pays for the largest share. Train with `backward_in_parts`, or accumulate alike.
+    and needed: the largest of N, N/2, N/4, ... 1 samples at a time with which the budget pays for a tenth of its pool,
+    or else 1, with which it pays for most. Train with `backward_in_parts`, or accumulate alike.
 
     Args:
         model: the model that was ranked; it is not touched.
@@ -68,23 +68,18 @@ def fit_memory(
     if options.get("cost_model", "exact") != "exact":
         raise ValueError(f"cost_model {options['cost_model']!r}: a promise of memory needs the exact costs")
     with fake_copy(model) as twin:
-        best, refused = None, []
         for size in [micro_batch] if micro_batch else _divisions(shape[0], twin, options):
             step = fake_step(twin, shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
             search = _Search(twin, ranking, step, limit, options)
-            found = search.run()
-            refused.append((search.smallest, search.micro_batch))
-            if found and (best is None or found.share > best.share):
-                best = found
-            if best and best.share >= ENOUGH:
-                break
-    if best is None:
-        least, size = min(refused)
-        raise ValueError(
-            f"memory of {limit:,} bytes: no channel can be trained in it; the smallest workable memory is {least} "
-            f"bytes ({least / 2**20:.2f} MiB), with {size} of {shape[0]} samples at a time"
-        )
-    return best.plan
+            if search.fits(search.enough):
+                return search.largest()
+        if search.fits(search.cheapest):
+            return search.largest()
+    least = search.bounds[search.cheapest]
+    raise ValueError(
+        f"memory of {limit:,} bytes: no channel can be trained in it; the smallest workable memory is {least} bytes "
+        f"({least / 2**20:.2f} MiB), at {search.micro_batch} of {shape[0]} samples at a time"
+    )
 
 
 def bound(model: nn.Module, plan: Plan, step: Step) -> int:
@@ -96,8 +91,10 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     most = {name: range(min(plan.shapes[name].in_channels, plan.budget // cost)) for name, cost in costs.items()}
     optimizer = train_under(model, plan, most, weight_decay=1.0)
     slots = [slot for parameter in model.parameters() if (slot := find_slot(parameter))]
+    two_parts = 2 * step.part[0].shape[0]  # a third would only repeat the second
+    short = replace(step, inputs=step.inputs[:two_parts], target=step.target[:two_parts])
     with _Timeline() as timeline, _without_channels(model, plan, slots, timeline):
-        step.backward(model)
+        short.backward(model)
         optimizer.step()
     optimizer.zero_grad()
     existing = storage_bytes([*model.parameters(), *model.buffers(), step.inputs, step.target])
@@ -112,20 +109,23 @@ def parse_memory(memory: int | str) -> int:
     return parse_budget(memory)[0]
 
 
-@dataclass(frozen=True)
-class _Fit:
-    plan: Plan
-    share: float
-
-
 class _Search:
-    """The largest budget for one size of the micro-batch, in a handful of fake steps."""
+    """The largest budget for one size of the micro-batch, in a handful of fake steps.
+
+    `bounds` holds what was found so far, budget -> bytes. `cheapest` is the smallest budget that makes a plan,
+    `enough` what a share of the pool costs that is worth a step, `everything` what all of it costs.
+    """
 
     def __init__(self, model: nn.Module, ranking: Ranking, step: Step, limit: int, options: dict[str, Any]) -> None:
         self.model, self.ranking, self.step, self.limit, self.options = model, ranking, step, limit, options
         self.micro_batch = step.part[0].shape[0]
-        self.cheapest, self.everything = self._range()
-        self.smallest = bound(model, self.plan(self.cheapest), step)
+        self.bounds: dict[int, int] = {}
+        whole = self.plan(2**62)
+        costs = {name: whole.cost.channel_cost(shape) for name, shape in whole.shapes.items()}
+        allowed = sorted(costs[name] for name in options.get("layers") or costs)
+        self.cheapest = allowed[(options.get("k") or 1) - 1]
+        self.everything = whole.pool_cost
+        self.enough = max(self.cheapest, int(ENOUGH * self.everything))
 
     def plan(self, budget: int) -> Plan:
         """The plan of a budget in bytes."""
@@ -140,32 +140,29 @@ class _Search:
         )
         return replace(made, memory=self.limit, micro_batch=self.step.micro_batch)
 
-    def run(self) -> _Fit | None:
-        """What lies between budget and bound grows with the budget: so take it from the last budget that fitted."""
-        if self.smallest > self.limit:
-            return None
-        fits, rest, fails = self.cheapest, self.smallest - self.cheapest, self.everything + 1
-        for _ in range(6):
-            budget = min(self.limit - rest, fails - 1)
-            if fails <= self.everything and budget == fails - 1:
-                budget = (fits + fails) // 2
+    def fits(self, budget: int) -> bool:
+        """Whether every step of the budget's plan stays within the limit."""
+        self.bounds[budget] = bound(self.model, self.plan(budget), self.step)
+        return self.bounds[budget] <= self.limit
+
+    def largest(self) -> Plan:
+        """The plan of the largest budget that fits, to a hundredth; one that fits is known.
+
+        What the bound adds to the budget grows with it. So what it adds at a budget that fits gives one that is too
+        large or just right, and what it adds at one that is too large, one that fits.
+        """
+        base = fits = max(budget for budget, size in self.bounds.items() if size <= self.limit)
+        fails = self.everything + 1
+        for _ in range(4):
+            budget = min(self.limit - (self.bounds[base] - base), fails - 1)
             if budget - fits <= fits // 100:
                 break
-            size = bound(self.model, self.plan(budget), self.step)
-            if size <= self.limit:
-                fits, rest = budget, size - budget
+            base = budget
+            if self.fits(budget):
+                fits = budget
             else:
-                fails = min(fails, budget)
-        made = self.plan(fits)
-        return _Fit(made, fits / made.pool_cost)
-
-    def _range(self) -> tuple[int, int]:
-        """The smallest budget that makes a plan, and what all ranked channels cost, in bytes."""
-        whole = self.plan(2**62)
-        costs = {name: whole.cost.channel_cost(shape) for name, shape in whole.shapes.items()}
-        allowed = sorted(costs[name] for name in self.options.get("layers") or costs)
-        everything = sum(cost * whole.shapes[name].in_channels for name, cost in costs.items())
-        return allowed[(self.options.get("k") or 1) - 1], everything
+                fails = budget
+        return self.plan(fits)
 
 
 class _Timeline(LiveStorages):
