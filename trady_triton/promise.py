@@ -3,7 +3,8 @@
 The bound on a step holds for every draw, because it does not look at one. A fake step is run in which each layer of
 the pool has as many channels as the budget B could pay for if it were spent on that layer alone: every working buffer
 of every layer is then at its largest, and the backward reaches the deepest layer of the pool. Of its timeline the
-stores and gradients of the drawn channels are left out; instead B is added, which is what they sum to at most.
+stores and gradients of the drawn channels are left out; instead B is added, which is what they sum to at most (or what the
+whole pool costs, if that is less).
 
     bound(B) = weights + buffers + batch + optimizer state + ids of the channels + peak of that timeline + B
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
+from math import isqrt
 from typing import Any
 
 import torch
@@ -101,7 +103,7 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     channels = min(sum(map(len, most.values())), plan.budget // min(costs.values()))
     draws = channels * torch.int64.itemsize + storage_bytes(slot.proxy for slot in slots)
     remove_plan(model)
-    return existing + draws + timeline.peak() + plan.budget
+    return existing + draws + timeline.peak() + min(plan.budget, plan.pool_cost)
 
 
 def parse_memory(memory: int | str) -> int:
@@ -146,22 +148,22 @@ class _Search:
         return self.bounds[budget] <= self.limit
 
     def largest(self) -> Plan:
-        """The plan of the largest budget that fits, to a hundredth; one that fits is known.
+        """The plan of the largest budget that fits, to some two hundredths; one that fits is known.
 
-        What the bound adds to the budget grows with it. So what it adds at a budget that fits gives one that is too
-        large or just right, and what it adds at one that is too large, one that fits.
+        What the bound adds to the budget grows with it, so the next budget to try is what the last one's addition
+        leaves of the limit; where that lies outside what is still open, the middle of it.
         """
         base = fits = max(budget for budget, size in self.bounds.items() if size <= self.limit)
         fails = self.everything + 1
-        for _ in range(4):
-            budget = min(self.limit - (self.bounds[base] - base), fails - 1)
-            if budget - fits <= fits // 100:
+        for _ in range(8):
+            if fails - fits <= 1 + fits // 50:
                 break
-            base = budget
-            if self.fits(budget):
-                fits = budget
+            budget = min(self.limit - (self.bounds[base] - base), self.everything)
+            base = budget if fits < budget < fails else isqrt(fits * fails)
+            if self.fits(base):
+                fits = base
             else:
-                fails = budget
+                fails = base
         return self.plan(fits)
 
 
@@ -215,7 +217,7 @@ def _without_channels(model: nn.Module, plan: Plan, slots: list[ChannelSlot], ti
         for module in model.modules():
             exits.callback(module.register_forward_pre_hook(lambda m, args: running.append(m)).remove)
             exits.callback(module.register_forward_hook(lambda m, args, y: _pop(running), always_call=True).remove)
-        for slot in slots:
+        for slot in (slot for slot in slots if slot.proxy.requires_grad):
             hook = slot.proxy.register_post_accumulate_grad_hook(lambda proxy: timeline.leave_out(proxy.grad))
             exits.callback(hook.remove)
         exits.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
