@@ -22,6 +22,7 @@ ALLOWED = {
     "functional": {*CORE, "cost", "slot"},
     "nn": {*CORE, "cost", "functional", "plan", "registry", "slot"},
     "optimizer": {"torch", "plan", "slot"},
+    "meters": {"torch"},
     "__init__": {"nn", "optimizer", "plan", "ranking"},
 }
 
@@ -54,6 +55,12 @@ def test_every_room_is_in_the_table():
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert rooms - {"app"} == set(ALLOWED)
+
+
+def test_models_build_on_timm_and_the_lower_rooms():
+    allowed = {"torch", "timm", "safetensors", "trady_triton"}
+    for file in (ROOT / "models").rglob("*.py"):
+        assert imported(file) <= {*allowed, "models", "cost", "functional", "nn", "registry", "slot"}, file
 
 
 def test_the_core_needs_neither_timm_nor_triton():

@@ -81,6 +81,17 @@ def test_activations_are_relu6_after_all_but_the_projections(name):
 
 
 @every_net
+def test_blocks_that_keep_their_shape_add_their_input(name):
+    net = timm.create_model(name).eval()
+    for block in net.blocks:
+        nn.init.zeros_(block.pw2.weight)
+        first = block.pw1 if block.has_expansion else block.dw
+        x = torch.ones(1, first.in_channels, 8, 8)
+        y = block(x)
+        assert torch.equal(y, x if y.shape == x.shape else torch.zeros_like(y))
+
+
+@every_net
 def test_folded_form_has_biases_and_no_norm(name):
     net = timm.create_model(name, norm_layer=nn.Identity, feature_mix=False)
     convs = {path: module for path, module in net.named_modules() if isinstance(module, nn.Conv2d)}

@@ -162,7 +162,7 @@ def finetune(
     data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
     budget: Budget = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.05,
+    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
     weights: Weights = None,
@@ -176,7 +176,9 @@ def finetune(
     fill: Fill = "stop",
     image_size: ImageSize = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the norm of all gradients to this.")] = None,
+    max_grad_norm: Annotated[
+        float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
+    ] = 2.0,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
@@ -207,22 +209,20 @@ def finetune(
         batch_size=batch_size,
         image_size=batches.image_size,
         weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=max_grad_norm or None,
         warmup=warmup,
         augment=augment,
         seed=seed,
     )
 
-    def plan_anew() -> Plan:
+    chosen = None
+    if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
+        chosen = load_plan(file, model, batches.image_size)
+    elif method == "trady":
         if budget is None:
             raise ValueError("--method trady needs --budget or --plan")
-        if ranking:
-            measured = load_ranking(ranking, model, batches.image_size)
-        else:
-            note(f"ranking the layers on {batch_size * 4} training images; `trady rank` measures longer")
-            measured = rank_on(model, batches.ranking(4), seed)
-        return make_plan(
-            measured,
+        chosen = make_plan(
+            load_ranking(ranking, model, batches.image_size) if ranking else measured_ranking(model, batches),
             budget=parse_budget_option(budget),
             batch_size=batch_size,
             cost_model=cost_model,
@@ -231,11 +231,7 @@ def finetune(
             fill=fill,
             seed=seed,
         )
-
-    chosen = None
-    if method == "trady":
-        file = plan or (str(folder / PLAN) if resume else None)
-        chosen = load_plan(file, model, batches.image_size) if file else plan_anew()
+    if chosen is not None:
         print(plan_summary(chosen))
     execute(Run(model, batches, settings, folder, chosen), resume)
 
@@ -276,6 +272,13 @@ def quick_ranking(model: nn.Module, image_size: int, batch_size: int, steps: int
     return rank_on_noise(model, image_size, batch_size=batch_size, steps=steps, seed=seed)
 
 
+def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Ranking:
+    """A ranking on the first training images, and a word about it on stderr."""
+    images = min(steps * batches.batch_size, len(batches.data.train.labels))
+    note(f"ranking the layers on {images} training images; --ranking takes one that was measured longer")
+    return rank_on(model, batches.ranking(steps), batches.seed)
+
+
 def show_plan(made: Plan) -> None:
     """Table and summary on stdout."""
     Console(width=None if sys.stdout.isatty() else 120).print(plan_table(made))
@@ -304,11 +307,21 @@ def execute(run: Run, resume: bool) -> None:
         with bar:
             run.train(bar.step, bar.epoch)
     except KeyboardInterrupt:
-        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-        note(f"stopped after {run.epoch} epochs and {run.step} steps, saved in {run.out / CHECKPOINT}; to go on:")
-        note(f"  {shlex.join(['trady', *again, '--resume'])}")
-        raise
+        note(how_to_go_on(run))
+        raise typer.Exit(130) from None
     print(f"test accuracy {run.records[-1]['test_accuracy']:.2%}; weights in {run.out / MODEL}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """What a stopped run left behind, and the command that continues it."""
+    if run.saved is None:
+        return "stopped before anything was saved"
+    again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    epoch, step = run.saved
+    done = f"{epoch} of {run.settings.epochs} epochs" + (f" and {step} steps" if step else "")
+    return (
+        f"stopped; {done} are saved in {run.out / CHECKPOINT}. To go on:\n  {shlex.join(['trady', *again, '--resume'])}"
+    )
 
 
 def note(text: str) -> None:

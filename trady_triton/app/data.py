@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,9 @@ def _image_folder(path: Path) -> Any:
     try:
         return ImageFolder(str(path))
     except FileNotFoundError as error:
-        raise ValueError(f"data {str(path)!r}: wanted one folder of images per class ({error})") from error
+        raise ValueError(
+            f"data {str(path)!r}: wanted one folder of images per class ({shorten(str(error), 120)})"
+        ) from error
 
 
 def _from_files(folder: Any) -> Pictures:

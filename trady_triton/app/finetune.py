@@ -40,6 +40,7 @@ CHECKPOINT, LOG, MODEL, PLAN = "checkpoint.pt", "log.jsonl", "model.safetensors"
 class Settings:
     """What decides the course of a run, plan and weights aside; a resumed run must have the same.
 
+    `lr` is the paper's. Clipping is not in the paper, but with frozen normalisation plain SGD easily diverges without.
     `warmup` is the share of all steps in which the learning rate rises to `lr`.
     """
 
@@ -48,11 +49,11 @@ class Settings:
     method: str = "trady"
     budget: str | None = None
     epochs: int = 10
-    lr: float = 0.05
+    lr: float = 0.125
     batch_size: int = 32
     image_size: int = 224
     weight_decay: float = 0.0
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = 2.0
     warmup: float = 0.1
     augment: bool = False
     seed: int = 0
@@ -73,7 +74,8 @@ Record = dict[str, Any]
 class Run:
     """A model on its way through the epochs of its settings.
 
-    `epoch` and `step` say how far it is: that many epochs, and that many steps of the next one, are done.
+    `epoch` and `step` say how far it is: that many epochs, and that many steps of the next one, are done; `saved` says
+    the same of the checkpoint in the folder, None where this run wrote or read none.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Run:
         steps = settings.epochs * batches.train_steps
         self.scheduler = make_scheduler(self.optimizer, steps=steps, warmup_steps=round(settings.warmup * steps))
         self.epoch = self.step = 0
+        self.saved: tuple[int, int] | None = None
         self.records: list[Record] = []
         torch.manual_seed(settings.seed)
 
@@ -106,7 +109,7 @@ class Run:
             if (before := saved.run.get(name)) != value:
                 raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
         saved.restore(self.model, self.optimizer, self.scheduler)
-        self.epoch, self.step = saved.epoch, saved.step
+        self.saved = self.epoch, self.step = saved.epoch, saved.step
         self.records = read_log(self.out / LOG)[: self.epoch]
 
     def train(
@@ -121,6 +124,8 @@ class Run:
                 and leaves the checkpoint of before.
         """
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.saved is None:  # a checkpoint of an older run would not fit this one's plan and log
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
         if self.plan is not None:
             self.plan.save(self.out / PLAN)
         with interrupt_deferred() as interrupted:
@@ -137,6 +142,7 @@ class Run:
             asdict(self.settings), self.epoch, self.step, self.model, self.optimizer, self.scheduler
         )
         state.save(self.out / CHECKPOINT)
+        self.saved = self.epoch, self.step
 
     def _train_epoch(self, on_step: Callable[[StepResult], None], interrupted: Callable[[], bool]) -> Record:
         def after_step(result: StepResult) -> None:

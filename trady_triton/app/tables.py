@@ -6,7 +6,7 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trady_triton import Plan
@@ -18,11 +18,11 @@ from trady_triton.cost import LayerShape
 
 def plan_table(plan: Plan) -> Table:
     """Every ranked layer in the order of the forward: what a channel costs, its place in the pool, the mean draw."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("layer", "kind"):
+        table.add_column(heading, overflow="fold")  # a narrow terminal folds names rather than cut numbers
     unit = plan.cost.unit
-    for heading in ("channels", f"{unit} each", f"{unit} in all", "rank in pool", "drawn an epoch"):
+    for heading in ("channels", f"{unit}\neach", f"{unit}\nin all", "rank\nin pool", "drawn\nan epoch"):
         table.add_column(heading, justify="right", no_wrap=True)
     rank = {name: place for place, name in enumerate(plan.pool, 1)}
     drawn = mean_channels(plan)
@@ -89,9 +89,8 @@ class RunBar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
         )

@@ -1,0 +1,104 @@
+import os
+import pickle
+import random
+
+import pytest
+import torch
+
+from trady_triton.app.checkpoint import Checkpoint
+from trady_triton.app.train import make_optimizer, make_scheduler
+
+
+@pytest.fixture
+def parts(net):
+    optimizer = make_optimizer(net, "full", lr=0.1)
+    return net, optimizer, make_scheduler(optimizer, steps=10)
+
+
+@pytest.fixture
+def saved(parts, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    Checkpoint.take({"lr": 0.1}, 3, 2, *parts).save(path)
+    return path
+
+
+def test_a_restored_state_is_the_saved_one(parts, saved):
+    net, optimizer, scheduler = parts
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    drawn = torch.rand(3), random.random()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    scheduler.step_update(7)
+    scheduler.base_values = [9.0]
+    checkpoint = Checkpoint.load(saved)
+    checkpoint.restore(net, optimizer, scheduler)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert scheduler.base_values == [0.1]
+    assert (checkpoint.run, checkpoint.epoch, checkpoint.step) == ({"lr": 0.1}, 3, 2)
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert random.random() == drawn[1]
+
+
+def test_an_interrupted_write_leaves_the_older_file(parts, saved, monkeypatch):
+    def interrupted(content, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoint.take({}, 4, 0, *parts).save(saved)
+    assert Checkpoint.load(saved).epoch == 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_an_error(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: truncated, damaged"):
+        Checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {}}, "not a checkpoint of this program"),
+        ([1, 2], "not a checkpoint of this program"),
+        ({"format": "trady_triton.checkpoint", "version": 99}, "version 99, this program reads version 1"),
+        ({"format": "trady_triton.checkpoint", "version": 1, "run": {}}, "damaged"),
+    ],
+)
+def test_a_foreign_file_is_an_error(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        Checkpoint.load(tmp_path / "x.pt")
+
+
+class Harmful:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+def test_loading_runs_nothing_that_the_file_contains(tmp_path):
+    torch.save({"format": Harmful(tmp_path / "made")}, tmp_path / "x.pt")
+    (tmp_path / "y.pt").write_bytes(pickle.dumps(Harmful(tmp_path / "made"), protocol=2))
+    for name in ("x.pt", "y.pt"):
+        with pytest.raises(ValueError, match="no file of tensors"):
+            Checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file"):
+        Checkpoint.load(tmp_path / "none.pt")
+
+
+def test_a_checkpoint_of_another_model_is_an_error(parts, saved):
+    net, optimizer, scheduler = parts
+    net.reset_classifier(7)
+    with pytest.raises(ValueError, match="another model"):
+        Checkpoint.load(saved).restore(net, optimizer, scheduler)

@@ -1,0 +1,208 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from app_files import write_npz
+from typer.testing import CliRunner
+
+from trady_triton import Plan, Ranking
+from trady_triton.app.cli import app
+
+NET = "test_efficientnet"
+SMALL = ("--image-size", "32")
+
+
+def trady(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def run(npz, tmp_path):
+    """`trady finetune` on the small data set, in the folder "run"."""
+
+    def finetune(*arguments, net=NET, data=npz, out="run", epochs=1):
+        options = ("--data", data, "--out", tmp_path / out, "--epochs", epochs, "--batch-size", 5, *SMALL)
+        return trady("finetune", net, *options, *arguments)
+
+    return finetune
+
+
+def error_of(result, code=1):
+    """The one line of an error: nothing else on stderr but remarks before it, and no traceback."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return last
+
+
+def test_plan_prints_one_json_object_and_its_remark_on_stderr():
+    result = trady("plan", NET, *SMALL, "--batch-size", 1, "--budget", 3000, "--cost-model", "paper", "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert {"total_elements", "pool", "pool_elements", "expected", "budget", "unit", "fingerprint", "k", "net"} <= set(
+        content
+    )
+    assert {"weight_saving", "activation_saving", "wgrad_flops_saving", "channels"} <= set(content["expected"])
+    assert content["pool_elements"] == content["pool_cost"]
+    assert content["k"] == len(content["pool"])
+    assert "quick ranking" in result.stderr
+
+
+def test_plan_is_the_same_in_every_call():
+    first, second = (trady("plan", NET, *SMALL, "--budget", 3000, "--json").stdout for _ in range(2))
+    assert first == second
+
+
+def test_plan_table_names_every_layer_and_what_fits():
+    result = trady("plan", NET, *SMALL, "--budget", "16KiB", "--batch-size", 2)
+    ranked = json.loads(trady("plan", NET, *SMALL, "--budget", "16KiB", "--json", "--coverage", 1).stdout)["pool"]
+    assert all(f" {name} " in result.stdout for name in ranked)
+    assert "16,384 bytes for a batch of 2" in result.stdout
+    assert "fits " in result.stdout
+
+
+def test_plan_and_ranking_files_are_taken_up_again(tmp_path):
+    ranking, plan, plot = tmp_path / "r.json", tmp_path / "p.json", tmp_path / "r.png"
+    ranked = trady("rank", NET, *SMALL, "--steps", 2, "--out", ranking, "--plot", plot)
+    assert ranked.exit_code == 0, ranked.output
+    assert ranked.stdout.startswith(Ranking.load(ranking).table())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    planned = trady("plan", NET, *SMALL, "--budget", 3000, "--ranking", ranking, "--k", 4, "--out", plan, "--json")
+    assert "quick ranking" not in planned.stderr
+    assert json.loads(planned.stdout)["fingerprint"] == Plan.load(plan).fingerprint
+    assert list(Plan.load(plan).pool) == list(Ranking.load(ranking).order()[:4])
+
+
+def test_rank_on_data_measures_the_data(npz):
+    noise = trady("rank", NET, *SMALL, "--steps", 1)
+    images = trady("rank", NET, *SMALL, "--steps", 1, "--data", npz)
+    assert images.exit_code == 0, images.output
+    assert images.stdout != noise.stdout
+
+
+@pytest.mark.parametrize("method", ["trady", "full", "head"])
+def test_finetune_leaves_log_checkpoint_and_weights(run, tmp_path, method):
+    result = run("--budget", 3000, "--method", method, epochs=2)
+    assert result.exit_code == 0, result.output
+    assert "epoch 2/2" in result.stdout
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    again = run("--method", "head", "--weights", tmp_path / "run" / "model.safetensors", out="again")
+    assert again.exit_code == 0, again.output
+    assert "loaded" in again.stderr
+
+
+def test_finetune_digits(run):
+    pytest.importorskip("sklearn")
+    result = run("--method", "head", "--batch-size", "200", data="digits")
+    assert result.exit_code == 0, result.output
+    assert "test accuracy" in result.stdout
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    data = write_npz(tmp_path / "long.npz", train=400)
+    out = tmp_path / "run"
+    arguments = ["finetune", NET, "--data", data, "--out", out, "--budget", 3000, "--batch-size", 4, *SMALL]
+    command = [sys.executable, "-c", "from trady_triton.app.cli import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--epochs", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert any(line.startswith("epoch   1/500") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; " in stderr
+    assert "Traceback" not in stderr
+    assert stderr.strip().endswith("--epochs 500 --resume")
+    assert (out / "checkpoint.pt").exists()
+
+
+def test_finetune_goes_on_after_a_finished_run(run):
+    assert run("--budget", 3000).exit_code == 0
+    result = run("--budget", 3000, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "resumed after 1 epochs" in result.stderr
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unless_asked(run):
+    assert run("--method", "head").exit_code == 0
+    assert "holds a run: --resume goes on with it" in error_of(run("--method", "head"))
+    assert run("--method", "head", "--overwrite").exit_code == 0
+
+
+def test_resume_without_a_run_is_an_error(run):
+    assert "no checkpoint.pt to resume from" in error_of(run("--budget", 3000, "--resume"))
+
+
+def test_a_corrupt_checkpoint_is_an_error(run, tmp_path):
+    assert run("--budget", 3000).exit_code == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "checkpoint.pt: truncated, damaged" in error_of(run("--budget", 3000, "--resume"))
+
+
+def test_resume_with_another_setting_is_an_error(run):
+    assert run("--budget", 3000).exit_code == 0
+    assert "that run had lr = 0.125, this one has 0.5" in error_of(run("--budget", 3000, "--lr", 0.5, "--resume"))
+
+
+def test_a_plan_of_another_model_is_an_error(run, tmp_path):
+    plan = tmp_path / "p.json"
+    assert trady("plan", "test_vit", *SMALL, "--budget", 3000, "--out", plan).exit_code == 0
+    assert "p.json: made for another model" in error_of(run("--plan", plan))
+
+
+@pytest.mark.parametrize("command", [("plan", "--budget", 1), ("rank",), ("finetune", "--data", "digits")])
+def test_an_unknown_model_is_an_error_with_near_matches(command):
+    name, *options = command
+    assert "did you mean mobilenetv2_035 or" in error_of(trady(name, "mobilenetv2_35", *options))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("lots", "budget 'lots': wanted a positive integer"),
+        ("-5", "budget -5: wanted a positive integer"),
+        ("1", "the smallest workable budget is"),
+        ("1B", "the smallest workable budget is"),
+    ],
+)
+def test_a_bad_budget_is_an_error(budget, message):
+    assert message in error_of(trady("plan", NET, *SMALL, "--budget", budget))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "/no/such"), "data '/no/such': no such file or folder"),
+        (("--method", "lora"), "--method 'lora': wanted one of trady, full, head"),
+        ((), "needs --budget or --plan"),
+        (("--budget", "3000", "--device", "abacus"), "--device 'abacus'"),
+        (("--weights", "none.pth"), "weights 'none.pth': no such file"),
+        (("--weights", "none.pth", "--pretrained"), "only one of them"),
+        (("--plan", "none.json"), "none.json"),
+        (("--budget", "3000", "--ranking", "none.json"), "none.json"),
+        (("--budget", "3000", "--k", "99"), "k 99: wanted an integer from 1 to"),
+        (("--budget", "3000", "--fill", "x"), "fill 'x': wanted one of stop, skip"),
+        (("--model-args", "{"), "model arguments '{': not JSON"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, message):
+    assert message in error_of(run(*arguments))
+
+
+def test_a_missing_option_is_told_by_the_parser():
+    result = trady("finetune", NET)
+    assert result.exit_code == 2
+    assert "--data" in result.stderr
