@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trady_triton import TraDyOptimizer, apply_plan, make_plan, rank_layers
 from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory
+from trady_triton.policy import Policy
 
 FLOAT = 4  # bytes
 
@@ -67,6 +68,16 @@ def test_kept_bytes_leave_out_what_was_freed_with_its_graph() -> None:
     with KeptBytes(model) as kept:
         model(torch.randn(7, 3))
     assert kept.total == 0
+
+
+def test_kept_bytes_leave_no_graph_behind_that_saved_its_own_output() -> None:
+    model = nn.Linear(3, 4)
+    with KeptBytes(model) as kept:
+        loss = model(torch.randn(7, 3)).exp().sum()
+    saved = [reference for reference, _ in kept._saved]
+    assert any(reference() is not None for reference in saved)
+    del loss
+    assert all(reference() is None for reference in saved)
 
 
 def test_kept_bytes_of_the_loss_lie_outside_the_model() -> None:
@@ -234,6 +245,22 @@ def test_flops_repeated_by_checkpointing_are_forward_flops() -> None:
         checkpoint(model, x, use_reentrant=False).square().sum().backward()
     assert flops.forward_flops in (3 * one, 4 * one)  # the last layer need not be repeated
     assert (flops.dgrad_flops, flops.wgrad_flops) == (2 * one, 2 * one)
+
+
+def test_flops_of_lean_layers_repeated_by_checkpointing_are_forward_flops() -> None:
+    def flops(**policy: object) -> tuple[int, int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(small_net(), nn.Linear(5, 5))
+        batch = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+        ranking = rank_layers(model, [batch], F.cross_entropy)
+        plan = make_plan(ranking, budget=600, coverage=1.0, policy=Policy(**policy))
+        optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan)
+        optimizer.resample(0)
+        with FlopsByKind(model) as counted:
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        return counted.dgrad_flops, counted.wgrad_flops
+
+    assert flops(recompute=("0",)) == flops()
 
 
 def test_the_planned_net_of_these_tests_draws_from_every_kind_of_layer() -> None:

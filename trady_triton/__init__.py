@@ -1,8 +1,23 @@
 """Fine-tune pretrained networks inside a strict memory budget (TraDy, ICLR 2026)."""
 
+from trady_triton.ledger import Ledger, ledger, measure
+from trady_triton.microbatch import backward_in_parts
 from trady_triton.nn import apply_plan, remove_plan
 from trady_triton.optimizer import TraDyOptimizer
-from trady_triton.plan import Plan, make_plan
+from trady_triton.plan import Plan
+from trady_triton.planner import make_plan
 from trady_triton.ranking import Ranking, rank_layers
 
-__all__ = ["Plan", "Ranking", "TraDyOptimizer", "apply_plan", "make_plan", "rank_layers", "remove_plan"]
+__all__ = [
+    "Ledger",
+    "Plan",
+    "Ranking",
+    "TraDyOptimizer",
+    "apply_plan",
+    "backward_in_parts",
+    "ledger",
+    "make_plan",
+    "measure",
+    "rank_layers",
+    "remove_plan",
+]

@@ -98,7 +98,7 @@ class KeptBytes:
         self._running.pop()
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        saved = _Saved(tensor.detach())  # an output that kept its own graph alive would never be freed
         self._saved.append((weakref.ref(saved), self._running[-1] if self._running else OUTSIDE))
         return saved
 
@@ -210,17 +210,38 @@ class FlopsByKind(FlopCounterMode):
     computes. A matrix product is dW if the autograd node that runs it feeds leaves alone, dX if it feeds none; a node
     that feeds both (a Linear) makes dX from the weight and dW without it. So dW of a Linear whose weight is itself
     computed (a parametrisation) counts as dX. Torch's own formula for a convolution's backward counts the dW of a
-    grouped one G times, the one here does not. Layers that `torch.utils.checkpoint` repeats count as forward again.
+    grouped one G times, the one here does not. Layers that `torch.utils.checkpoint` repeats count as forward again,
+    custom autograd functions too where a module of the model calls them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.forward_flops = self.dgrad_flops = self.wgrad_flops = 0
+        self._modules = list(model.modules())
+        self._running = 0
+        self._exits = ExitStack()
         self._weights = _storages(model.parameters())
         self._casts: list[Tensor] = []
         formulas = {op: self._sorted(formula) for op, formula in flop_registry.items()}
         formulas[torch.ops.aten.convolution_backward] = self._sorted(self._convolution_backward, is_mixed=True)
         formulas[torch.ops.aten._to_copy] = _given_tensors(self._follow_cast)
         super().__init__(display=False, custom_mapping=formulas)
+
+    def __enter__(self) -> FlopsByKind:
+        for module in self._modules:
+            self._exits.callback(module.register_forward_pre_hook(self._enter_module).remove)
+            self._exits.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._exits.close()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._running += 1
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running -= 1
 
     def _sorted(self, formula: Callable[..., Any], is_mixed: bool = False) -> Callable[..., int]:
         """The formula, which also adds to the kind of the operation."""
@@ -257,7 +278,7 @@ class FlopsByKind(FlopCounterMode):
 
     def _kind(self, operands: list[Tensor]) -> str:
         node = torch._C._current_autograd_node()
-        if node is None or torch.is_grad_enabled():
+        if node is None or torch.is_grad_enabled() or self._running:
             return "forward_flops"
         edges = [edge for edge, _ in node.next_functions if edge is not None]
         to_leaf = [_feeds_leaf(edge) for edge in edges]

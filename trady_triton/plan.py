@@ -42,7 +42,8 @@ class Plan:
     """A budget and the pool of layers whose channels are drawn from it. Make one with `make_plan`.
 
     `shapes` holds every ranked layer in forward order, `pool` the names of those that are trained, best first, `head`
-    the modules that are always trained and do not count. `budget` is in units of `cost`.
+    the modules that are always trained and do not count. `budget` is in units of `cost`. A plan made for a `memory`
+    carries it, in bytes: the peak of a whole step, run `micro_batch` samples at a time.
     """
 
     shapes: Mapping[str, LayerShape]
@@ -55,6 +56,8 @@ class Plan:
     train_bias: bool = False
     train_norm: bool = False
     policy: Policy = Policy()
+    memory: int | None = None
+    micro_batch: int | None = None
 
     def sample(self, epoch: int) -> dict[str, tuple[int, ...]]:
         """The channels of an epoch: layer name -> input channel ids, ascending, for every layer of the pool.

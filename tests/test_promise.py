@@ -1,0 +1,171 @@
+"""The promise: no step of any epoch takes more than the memory that the plan was made for."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from nn.nets import shapes_in_order
+from torch import Tensor, nn
+from toys import toy_batches, toy_net, toy_ranking
+
+from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan, measure, remove_plan
+from trady_triton.policy import Policy
+from trady_triton.promise import bound
+from trady_triton.ranking import LayerNorms, find_head
+from trady_triton.rehearsal import fake_copy, fake_step
+
+SHAPE = (8, 3, 12, 12)
+
+
+def toy() -> tuple[nn.Module, Ranking]:
+    net = toy_net(torch.float32)
+    return net, toy_ranking(net)
+
+
+def smallest(net: nn.Module, ranking: Ranking, **options: object) -> int:
+    """The figure that a refusal names."""
+    with pytest.raises(ValueError, match="smallest workable") as refusal:
+        make_plan(ranking, memory=100, model=net, input_shape=SHAPE, **options)
+    return int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1])
+
+
+def measured_totals(net: nn.Module, plan: Plan, x: Tensor, y: Tensor, epochs: int) -> list[int]:
+    """Memory of a step in each epoch, with a weight decay."""
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1, weight_decay=0.01)
+    totals = []
+    for epoch in range(epochs):
+        optimizer.resample(epoch)
+        totals.append(measure(net, optimizer, x, y).total_bytes)
+    remove_plan(net)
+    return totals
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.5, 3.0])
+def test_no_epoch_exceeds_the_memory(factor: float) -> None:
+    net, ranking = toy()
+    memory = int(factor * smallest(net, ranking))
+    plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, coverage=1.0)
+    totals = measured_totals(net, plan, torch.randn(SHAPE), torch.arange(8) % 5, epochs=10)
+    assert max(totals) <= memory == plan.memory
+
+
+def test_no_epoch_of_a_whole_network_exceeds_the_memory() -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("mobilenetv2_035", num_classes=10)
+    x, y = torch.randn(4, 3, 64, 64), torch.arange(4)
+    layers = tuple(
+        LayerNorms(name, shape, (1.0,) * shape.in_channels) for name, shape in shapes_in_order(net, x[:1]).items()
+    )
+    ranking = Ranking(layers, find_head(net, []), 1)
+    plan = make_plan(ranking, memory="5MiB", model=net, input_shape=x.shape)
+    totals = measured_totals(net, plan, x, y, epochs=3)
+    assert max(totals) <= 5 * 2**20
+    assert plan.budget >= 0.1 * plan.pool_cost
+
+
+def test_the_figure_of_a_refusal_works_and_a_byte_less_does_not() -> None:
+    net, ranking = toy()
+    least = smallest(net, ranking)
+    plan = make_plan(ranking, memory=least, model=net, input_shape=SHAPE)
+    assert sum(map(len, plan.sample(0).values())) > 0
+    with pytest.raises(ValueError, match=f"is {least} bytes"):
+        make_plan(ranking, memory=least - 1, model=net, input_shape=SHAPE)
+
+
+def test_more_memory_pays_for_more_until_the_whole_pool_is_paid() -> None:
+    net, ranking = toy()
+    least = smallest(net, ranking, micro_batch=8)
+    options = {"model": net, "input_shape": SHAPE, "micro_batch": 8, "coverage": 1.0}
+    budgets = [
+        make_plan(ranking, memory=memory, **options).budget for memory in (least, least + 16000, least + 60000, 2**24)
+    ]
+    assert budgets == sorted(budgets)
+    assert budgets[0] < budgets[1] < budgets[2]
+    assert budgets[3] == make_plan(ranking, memory=2**24, **options).pool_cost
+
+
+def test_a_budget_fills_most_of_what_the_memory_leaves() -> None:
+    net, ranking = toy()
+    memory = smallest(net, ranking, micro_batch=8) + 20000
+    plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, micro_batch=8, coverage=1.0)
+    with fake_copy(net) as twin:
+        step = fake_step(twin, SHAPE, target=None, loss_fn=F.cross_entropy, autocast=None, micro_batch=8)
+        assert 0.95 * memory < bound(twin, plan, step) <= memory
+
+
+def test_the_batch_is_split_only_where_it_must_be() -> None:
+    net, ranking = toy()
+    least = smallest(net, ranking)
+    sizes = [
+        make_plan(ranking, memory=memory, model=net, input_shape=SHAPE).micro_batch for memory in (least, 4 * least)
+    ]
+    assert sizes == [1, None]
+
+
+def test_a_batch_whose_samples_see_each_other_is_never_split() -> None:
+    net, ranking = toy()
+    policy = Policy(batch_norm="train")
+    least = smallest(net, ranking, policy=policy)
+    assert least > smallest(net, ranking)
+    plan = make_plan(ranking, memory=least, model=net, input_shape=SHAPE, policy=policy)
+    assert plan.micro_batch is None
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"layers": ("stem", "tokens")}, {"fill": "skip", "seed": 4}])
+def test_options_of_a_plan_hold_for_a_memory_too(options: dict) -> None:
+    net, ranking = toy()
+    memory = int(1.2 * smallest(net, ranking, **options))
+    plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, **options)
+    assert len(plan.pool) == options.get("k", len(plan.pool))
+    assert plan.pool == options.get("layers", plan.pool)
+    assert (plan.fill, plan.seed) == (options.get("fill", "stop"), options.get("seed", 0))
+    x, y = toy_batches(size=8, dtype=torch.float32)[0]
+    assert max(measured_totals(net, plan, x, y, epochs=4)) <= memory
+
+
+def test_the_bound_holds_for_a_draw_that_spends_all_on_one_layer() -> None:
+    net, ranking = toy()
+    plan = make_plan(ranking, budget="8KiB", batch_size=8, coverage=1.0)
+    with fake_copy(net) as twin:
+        step = fake_step(twin, SHAPE, target=None, loss_fn=F.cross_entropy, autocast=None, micro_batch=None)
+        limit = bound(twin, plan, step)
+    apply_plan(net, plan)
+    x, y = torch.randn(SHAPE), torch.arange(8) % 5
+    for name in plan.pool:
+        optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
+        most = min(plan.shapes[name].in_channels, plan.budget // plan.cost.channel_cost(plan.shapes[name]))
+        optimizer._install(0, {layer: range(most if layer == name else 0) for layer in plan.pool})
+        assert measure(net, optimizer, x, y).total_bytes <= limit
+
+
+def test_a_plan_for_a_memory_survives_its_file(tmp_path) -> None:
+    net, ranking = toy()
+    plan = make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.memory == 2**20
+    assert replace(plan, micro_batch=3).fingerprint != plan.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "wanted one of them"),
+        ({"budget": 100, "memory": 100}, "wanted one of them"),
+        ({"memory": "1MiB"}, "wanted model and input_shape"),
+        ({"memory": "1MiB", "model": nn.Linear(1, 1)}, "wanted model and input_shape"),
+    ],
+)
+def test_a_plan_needs_a_budget_or_a_memory_with_the_model(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(toy()[1], **options)
+
+
+def test_a_memory_needs_exact_costs() -> None:
+    net, ranking = toy()
+    with pytest.raises(ValueError, match="exact costs"):
+        make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, cost_model="paper")

@@ -1,0 +1,309 @@
+"""The ledger of a training step: every byte and FLOP it takes, predicted without running it, or measured on a real one.
+
+Both sides run the same step under the same meters; the prediction does so on fake tensors, which have sizes but no
+content, so it needs neither the memory nor the time of the step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory
+from trady_triton.plan import Plan
+from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, train_under
+from trady_triton.serial import read_json, write_json
+from trady_triton.slot import ChannelSlot, find_slot
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What one training step takes, in bytes and FLOPs.
+
+    The step is forward, loss, backward and update of `batch_size` samples, at most `micro_batch` at a time; kept bytes
+    and inference are those of one micro-batch.
+
+    Attributes:
+        kept_by_kind: bytes kept between forward and backward, by the kind of the layer that keeps them.
+        kept_by_layer: the same by layer; "outside the model" is what the loss keeps.
+        not_lean: those of them that are kept, outside the head, by modules whose type nobody taught: type -> layer ->
+            bytes.
+        weight_bytes: parameters and buffers.
+        batch_bytes: inputs and targets.
+        draw_bytes: ids of the drawn channels, and proxies.
+        state_bytes: of the optimizer.
+        compact_gradient_bytes: gradients of the drawn channels.
+        whole_gradient_bytes: gradients of what is trained whole: the head, and biases and norms on request.
+        peak_bytes: the most that lives at once during the step, gradients included, beyond all that existed before it:
+            weights, batch, draw and optimizer state.
+        inference_bytes: the same of a forward without gradients.
+        forward_flops, dgrad_flops, wgrad_flops: of forward, dX and dW of the whole batch, 2 a multiply-add.
+    """
+
+    device: str
+    batch_size: int
+    micro_batch: int
+    kept_by_kind: Mapping[str, int]
+    kept_by_layer: Mapping[str, int]
+    not_lean: Mapping[str, Mapping[str, int]]
+    weight_bytes: int
+    batch_bytes: int
+    draw_bytes: int
+    state_bytes: int
+    compact_gradient_bytes: int
+    whole_gradient_bytes: int
+    peak_bytes: int
+    inference_bytes: int
+    forward_flops: int
+    dgrad_flops: int
+    wgrad_flops: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """All that is kept between forward and backward."""
+        return sum(self.kept_by_layer.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """The step's peak with everything that exists before it: what `make_plan(memory=...)` promises."""
+        return self.peak_bytes + self.weight_bytes + self.batch_bytes + self.draw_bytes + self.state_bytes
+
+    def table(self) -> str:
+        """The ledger as text."""
+        parts = f", {self.micro_batch} at a time" if self.micro_batch < self.batch_size else ""
+        lines = [f"one step of {self.batch_size} samples{parts}, {self.device}"]
+        lines += [_row(name, size) for name, size in self._memory().items()]
+        lines += [_row(f"  kept: {kind}", size) for kind, size in sorted(self.kept_by_kind.items(), key=_by_size)]
+        untaught = {
+            f"  not lean: {len(layers)} {kind}, as {next(iter(layers)) or 'the model itself'}": sum(layers.values())
+            for kind, layers in self.not_lean.items()
+        }
+        lines += [_row(name, size) for name, size in sorted(untaught.items(), key=_by_size)]
+        flops = {"forward": self.forward_flops, "dX": self.dgrad_flops, "dW": self.wgrad_flops}
+        lines += [f"{'FLOPs of ' + name:<44}{count:>16,}" for name, count in flops.items()]
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger as JSON."""
+        write_json(path, "ledger", asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Read a ledger that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or is damaged.
+        """
+        try:
+            return cls(**read_json(path, "ledger"))
+        except TypeError as error:
+            raise ValueError(f"{path}: the ledger is damaged ({error!r})") from error
+
+    def _memory(self) -> dict[str, int]:
+        return {
+            "weights and buffers": self.weight_bytes,
+            "batch": self.batch_bytes,
+            "drawn channels' ids": self.draw_bytes,
+            "optimizer state": self.state_bytes,
+            "peak of the step beyond these": self.peak_bytes,
+            "in all": self.total_bytes,
+            "peak of inference beyond": self.inference_bytes,
+            "compact gradients": self.compact_gradient_bytes,
+            "gradients of the head": self.whole_gradient_bytes,
+            "kept for the backward": self.kept_bytes,
+        }
+
+
+def ledger(
+    model: nn.Module,
+    plan: Plan | None,
+    input_shape: Sequence[int],
+    *,
+    epoch: int = 0,
+    target: Tensor | None = None,
+    loss_fn: Loss = F.cross_entropy,
+    autocast: torch.dtype | None = None,
+    micro_batch: int | None = None,
+    weight_decay: float = 0.0,
+) -> Ledger:
+    """Predict a training step with the channels of an epoch, without running it; the model is not touched.
+
+    Args:
+        model: with the plan applied or not.
+        plan: what is trained; None for plain training of every parameter that requires a gradient.
+        input_shape: of the whole batch, [N, ...].
+        epoch: whose channels are installed.
+        target: a tensor of the targets' shape and dtype; by default N class labels.
+        loss_fn: `loss_fn(model(inputs), target)` -> the mean over the samples.
+        autocast: dtype of torch.autocast around forward and loss.
+        micro_batch: samples at a time; by default the plan's.
+        weight_decay: of the optimizer: it needs a copy of a gradient for a moment.
+    """
+    micro_batch = micro_batch or (plan.micro_batch if plan else None)
+    channels = plan.sample(epoch) if plan else {}
+    with fake_copy(model) as twin:
+        step = fake_step(twin, tuple(input_shape), target=target, loss_fn=loss_fn, autocast=autocast,
+                         micro_batch=micro_batch)  # fmt: skip
+        return _keep_books(twin, train_under(twin, plan, channels, weight_decay), step)
+
+
+def measure(
+    model: nn.Module,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    target: Tensor,
+    *,
+    loss_fn: Loss = F.cross_entropy,
+    autocast: torch.dtype | None = None,
+    micro_batch: int | None = None,
+) -> Ledger:
+    """Measure a real training step with the channels that the optimizer has installed.
+
+    The step includes the update, at learning rate 0; weights, buffers, optimizer state, modes and random state are
+    put back afterwards. On the CPU the peak counts live storages, on CUDA it is the allocator's.
+
+    Raises:
+        RuntimeError: there are gradients, which the measurement would spoil.
+    """
+    step = Step(inputs, target, loss_fn, autocast, micro_batch or _planned_micro_batch(optimizer))
+    with _unchanged(model, optimizer):
+        model.train()
+        return _keep_books(model, optimizer, step)
+
+
+def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
+    """Run the step under one meter after another: they would change each other's figures."""
+    optimizer.zero_grad()
+    with KeptBytes(model) as kept:
+        loss = step.forward(model)
+    del loss
+    with peak_memory(step.inputs.device) as peak:
+        step.backward(model)
+        optimizer.step()
+    slots = {id(slot.proxy): slot for slot in _slots(model)}
+    compact = _grad_bytes(p for p in _trained(optimizer) if id(p) in slots)
+    whole = _grad_bytes(p for p in _trained(optimizer) if id(p) not in slots)
+    optimizer.zero_grad()
+    with FlopsByKind(model) as flops:
+        step.backward(model)
+    optimizer.zero_grad()
+    model.eval()
+    with peak_memory(step.inputs.device) as inference:
+        step.inference(model)
+    return Ledger(
+        device=step.inputs.device.type,
+        batch_size=step.inputs.shape[0],
+        micro_batch=step.part[0].shape[0],
+        kept_by_kind=kept.by_kind,
+        kept_by_layer=kept.by_layer,
+        not_lean=_not_lean(model, kept.by_layer),
+        weight_bytes=storage_bytes([*model.parameters(), *model.buffers()]),
+        batch_bytes=storage_bytes([step.inputs, step.target]),
+        draw_bytes=storage_bytes(tensor for slot in slots.values() for tensor in (slot.channels, slot.proxy)),
+        state_bytes=storage_bytes(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)),
+        compact_gradient_bytes=compact,
+        whole_gradient_bytes=whole,
+        peak_bytes=peak.peak_bytes,
+        inference_bytes=inference.peak_bytes,
+        forward_flops=flops.forward_flops,
+        dgrad_flops=flops.dgrad_flops,
+        wgrad_flops=flops.wgrad_flops,
+    )
+
+
+@contextmanager
+def _unchanged(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Put back what a step at learning rate 0 could change: it still turns -0 to 0, and all to NaN if the loss is."""
+    if any(parameter.grad is not None for parameter in [*model.parameters(), *_trained(optimizer)]):
+        raise RuntimeError("there are gradients: call optimizer.zero_grad() before a step is measured")
+    slots = _slots(model)
+    drawn = [slot.gather() for slot in slots]
+    whole = [*(p for p in _trained(optimizer) if not any(p is slot.proxy for slot in slots)), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in whole]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        with _state_kept(optimizer), torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for tensor, value in zip(whole, before, strict=True):
+                tensor.copy_(value)
+            for slot, value in zip(slots, drawn, strict=True):
+                slot.scatter_(value)
+
+
+@contextmanager
+def _state_kept(optimizer: Optimizer) -> Iterator[None]:
+    state = {
+        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for parameter, entry in optimizer.state.items()
+    }
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of tensors."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _not_lean(model: nn.Module, kept: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Kept bytes of the layers outside the head whose type nobody taught: type -> layer -> bytes."""
+    applied = getattr(model, "trady", None)
+    if applied is None:
+        return {}
+    modules = dict(model.named_modules())
+    lean = {OUTSIDE, *applied.classes}
+    for head in applied.plan.head:
+        lean.update(f"{head}.{inner}".rstrip(".") for inner, _ in modules[head].named_modules())
+    found: dict[str, dict[str, int]] = {}
+    for name, size in kept.items():
+        if name not in lean:
+            found.setdefault(type(modules[name]).__name__, {})[name] = size
+    return found
+
+
+def _planned_micro_batch(optimizer: Optimizer) -> int | None:
+    plan = getattr(optimizer, "plan", None)
+    return plan.micro_batch if isinstance(plan, Plan) else None
+
+
+def _slots(model: nn.Module) -> list[ChannelSlot]:
+    return [slot for parameter in model.parameters() if (slot := find_slot(parameter)) is not None]
+
+
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _grad_bytes(parameters: Iterable[Tensor]) -> int:
+    return storage_bytes(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
+def _row(name: str, size: int) -> str:
+    return f"{name:<44}{size:>16,} B  {size / 2**20:>10.2f} MiB"
+
+
+def _by_size(item: tuple[str, int]) -> int:
+    return -item[1]

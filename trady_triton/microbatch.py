@@ -1,0 +1,56 @@
+"""A batch in parts: the same gradient from one micro-batch after another, at the working memory of one.
+
+Exact where samples do not see each other: with BatchNorm on its running statistics, as the default policy has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+
+def backward_in_parts(
+    model: nn.Module,
+    inputs: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    micro_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Like `loss_fn(model(inputs), target).backward()`, with at most `micro_batch` samples at a time.
+
+    `inputs` and `target` [N, ...] are split alike; the loss must be a mean over the samples. None splits nothing.
+    With `autocast` forward and loss run under torch.autocast in that dtype.
+
+    Returns:
+        the loss of the whole batch, detached.
+
+    Raises:
+        ValueError: `micro_batch` is no positive integer.
+    """
+    size = inputs.shape[0]
+    check_micro_batch(micro_batch)
+    total: Tensor | None = None
+    for x, y in zip(inputs.split(micro_batch or size), target.split(micro_batch or size), strict=True):
+        with casts(x.device, autocast):
+            loss = loss_fn(model(x), y)
+        loss = loss if x.shape[0] == size else loss * (x.shape[0] / size)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:
+        raise ValueError("the batch is empty")
+    return total
+
+
+def casts(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+    """torch.autocast in that dtype; None casts nothing."""
+    return torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+
+
+def check_micro_batch(micro_batch: int | None) -> None:
+    """Raises ValueError unless it is None or a positive integer."""
+    if micro_batch is not None and (isinstance(micro_batch, bool) or not micro_batch >= 1):
+        raise ValueError(f"micro_batch {micro_batch!r}: wanted None or an integer of at least 1")

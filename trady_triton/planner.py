@@ -1,0 +1,51 @@
+"""make_plan as users call it: for a budget of channels, or for the memory of the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from trady_triton import plan as plans
+from trady_triton.plan import Plan
+from trady_triton.promise import fit_memory
+from trady_triton.ranking import Ranking
+
+
+def make_plan(
+    ranking: Ranking,
+    *,
+    budget: int | str | None = None,
+    memory: int | str | None = None,
+    model: nn.Module | None = None,
+    input_shape: Sequence[int] | None = None,
+    **options: Any,
+) -> Plan:
+    """Choose the pool of layers and fix the budget.
+
+    Either `budget` says what the drawn channels may cost (see `trady_triton.plan.make_plan`, which has all options),
+    or `memory` what a whole training step may take, weights included; the budget, and if need be a micro-batch, are
+    then chosen such that every step of every epoch stays within it (see `trady_triton.promise.fit_memory`).
+
+    Args:
+        ranking: what `rank_layers` measured.
+        budget: elements for one sample as an integer, or bytes such as "256KiB".
+        memory: bytes of the whole step, such as "2GiB".
+        model: the model, for `memory`.
+        input_shape: of the batch, [N, ...], for `memory`.
+        options: such as coverage, k, layers, fill, seed, policy; for a budget batch_size and dtypes, for a memory
+            micro_batch, target, loss_fn, autocast.
+
+    Raises:
+        ValueError: an option out of its range, or a budget or memory in which no channel can be trained: the message
+            names the smallest that works.
+    """
+    if (budget is None) == (memory is None):
+        raise ValueError(f"budget {budget!r} and memory {memory!r}: wanted one of them")
+    if budget is not None:
+        return plans.make_plan(ranking, budget=budget, **options)
+    if model is None or input_shape is None:
+        raise ValueError("memory: wanted model and input_shape as well, from which the step's peak is predicted")
+    assert memory is not None
+    return fit_memory(model, ranking, memory=memory, input_shape=input_shape, **options)

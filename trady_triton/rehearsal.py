@@ -1,0 +1,113 @@
+"""A training step, run for its memory: on fake tensors, which compute nothing, or on the real ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import SGD, Optimizer
+
+from trady_triton.microbatch import backward_in_parts, casts, check_micro_batch
+from trady_triton.nn import apply_plan, remove_plan
+from trady_triton.optimizer import TraDyOptimizer
+from trady_triton.plan import Plan
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: a batch, its loss, and how it is run.
+
+    The model is in train mode. `autocast` is the dtype of torch.autocast around forward and loss, None without.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    loss_fn: Loss = F.cross_entropy
+    autocast: torch.dtype | None = None
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_micro_batch(self.micro_batch)
+
+    @property
+    def part(self) -> tuple[Tensor, Tensor]:
+        """The samples that run at once: the first micro-batch."""
+        size = self.micro_batch or self.inputs.shape[0]
+        return self.inputs[:size], self.target[:size]
+
+    def backward(self, model: nn.Module) -> None:
+        """Forward, loss and backward of the whole batch."""
+        backward_in_parts(model, self.inputs, self.target, self.loss_fn, self.micro_batch, self.autocast)
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """Forward and loss of one part."""
+        inputs, target = self.part
+        with casts(inputs.device, self.autocast):
+            return self.loss_fn(model(inputs), target)
+
+    @torch.no_grad()
+    def inference(self, model: nn.Module) -> None:
+        """A forward of one part that keeps nothing."""
+        with casts(self.inputs.device, self.autocast):
+            model(self.part[0])
+
+
+@contextmanager
+def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model without storage, and the fake mode to run it in. The model itself is not touched.
+
+    The copy shares nothing with the model but its hooks. A plan that was applied to the model is taken off the copy.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {id(tensor): mode.from_tensor(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        twin = copy.deepcopy(model, fakes)
+        if hasattr(twin, "trady"):
+            remove_plan(twin)
+        yield twin
+
+
+def fake_step(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    target: Tensor | None,
+    loss_fn: Loss,
+    autocast: torch.dtype | None,
+    micro_batch: int | None,
+) -> Step:
+    """A step on a batch of that shape [N, ...] without content, for a model of `fake_copy`, inside its fake mode.
+
+    Without a target, N class labels are taken.
+    """
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    inputs = torch.empty(input_shape, dtype=weight.dtype, device=weight.device)
+    if target is None:
+        labels = torch.empty(input_shape[0], dtype=torch.int64, device=weight.device)
+    else:
+        labels = torch.empty(target.shape, dtype=target.dtype, device=weight.device)
+    return Step(inputs, labels, loss_fn, autocast, micro_batch)
+
+
+def train_under(
+    model: nn.Module, plan: Plan | None, channels: Mapping[str, Sequence[int]], weight_decay: float = 0.0
+) -> Optimizer:
+    """Put a model in train mode under a plan, and an optimizer with these channels that changes no weight (lr 0).
+
+    Without a plan everything is trained that requires a gradient. The channels are given because a draw, which is
+    random numbers, cannot be made in fake mode.
+    """
+    model.train()
+    if plan is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return SGD(trained, lr=0.0, weight_decay=weight_decay)
+    optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan, lr=0.0, weight_decay=weight_decay)
+    optimizer._install(0, channels)
+    return optimizer
