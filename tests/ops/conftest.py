@@ -1,4 +1,4 @@
-"""Every op test runs its kernel in triton's interpreter on the CPU; `TRITON_INTERPRET=0 pytest -m gpu` runs on a device.
+"""Op tests run kernels in triton's interpreter on the CPU; `TRITON_INTERPRET=0 pytest -m gpu` runs on a device.
 
 The variable must be set before triton is imported for the first time.
 """

@@ -26,15 +26,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
+if TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:
-    triton = None
-    tl = None
 
-if TYPE_CHECKING:
     from .select_config import Config
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+
+__all__ = ["BACKENDS", "INTERPRET", "deterministic", "jit", "launch", "tl", "triton", "use_triton"]
 
 BACKENDS = ("auto", "triton", "torch")
 INTERPRET: bool = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -62,7 +66,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if backend != "triton":
         raise ValueError(f"TRADY_TRITON_BACKEND: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if triton is None:
-        raise ValueError("TRADY_TRITON_BACKEND=triton, but triton is not installed; wanted: pip install triton, or 'auto'")
+        raise ValueError("TRADY_TRITON_BACKEND=triton, but triton is not installed; wanted: 'auto', or triton")
     if not (tensor.is_cuda or INTERPRET):
         raise ValueError(
             f"TRADY_TRITON_BACKEND=triton, but the tensor is on {tensor.device} and kernels need CUDA or HIP; "

@@ -2,11 +2,12 @@
 
 Each file `cases_<op>.py` beside this one holds `CASES: list[Case]`, for example
 
-    CASES = [Case("token_wgrad 64x128x64", _kernel, {"x_ptr": "*bf16", "T": "i32"}, {"BM": 64}, aligned=("x_ptr", "T"), ci=True)]
+    CASES = [Case("token_wgrad 64x128x64", _kernel, {"x_ptr": "*bf16", "T": "i32"}, {"BM": 64}, aligned=("x_ptr",))]
 
-    TRITON_INTERPRET=0 python tests/ops/aot/harness.py                      # all cases: checks limits, diffs resources.csv
-    TRITON_INTERPRET=0 python tests/ops/aot/harness.py --ci                 # only the cases with ci=True
-    TRITON_INTERPRET=0 python tests/ops/aot/harness.py --only grouped --write   # cases_grouped*.py; updates their rows
+    export TRITON_INTERPRET=0
+    python tests/ops/aot/harness.py                          # all cases: checks limits, diffs resources.csv
+    python tests/ops/aot/harness.py --ci                     # only the cases with ci=True
+    python tests/ops/aot/harness.py --only grouped --write   # cases_grouped*.py; updates their rows
 """
 
 import argparse
