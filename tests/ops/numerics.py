@@ -1,5 +1,7 @@
 """How op tests compare: the error-ratio rule, and an arena that surrounds every tensor with poison.
 
+    from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than
+
     with GuardedArena() as arena:           # torch.empty inside ops returns NaN-filled memory between NaN margins
         x, dy = arena.place(x), arena.place(dy)      # copies with the same strides between margins
         out = op(x, dy)
