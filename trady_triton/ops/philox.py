@@ -5,9 +5,11 @@ A rounding keyed by (seed, element) is repeated exactly when checkpointing recom
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
+from __future__ import annotations
+
 import torch
 
-from trady_triton.ops.dispatch import tl, triton
+from .dispatch import jit, tl
 
 VALUES_PER_COUNTER = 8
 _MASK32 = 0xFFFFFFFF
@@ -15,7 +17,7 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
-@triton.jit
+@jit
 def random16(seed, c0, c1, c2, c3):
     """16-bit values [..., 2, 2, 2] as int32 for int32 counters c0 [...]; the others broadcast to it."""
     zero = c0 * 0
@@ -29,7 +31,9 @@ def _multiply(constant: int, value: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def random16_ref(seed: torch.Tensor, c0: torch.Tensor, c1: int | torch.Tensor, c2: int | torch.Tensor, c3: int) -> torch.Tensor:
+def random16_ref(
+    seed: torch.Tensor, c0: torch.Tensor, c1: int | torch.Tensor, c2: int | torch.Tensor, c3: int
+) -> torch.Tensor:
     """16-bit values [..., 8] as int64 for int64 counters c0 [...]; c1, c2, c3 broadcast to c0."""
     key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
     x0, x1, x2, x3 = torch.broadcast_tensors(c0, *(torch.as_tensor(c, device=c0.device) for c in (c1, c2, c3)))

@@ -12,14 +12,21 @@ N images, C channels, K selected channels, H x W pixels (P x Q kept by the strid
 CM rows have a stride of T rounded up to 8, so that every row starts aligned; what lies between two rows is never read.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
 import torch
 
-from trady_triton.ops.dispatch import tl, triton
+from .dispatch import jit, launch, tl, use_triton
+from .library import register_op
+from .select_config import Arch, Config, Shape, rule, select_config
 
 LAYOUTS = ("tokens", "pixels", "taps", "planes")
 
 
-@triton.jit(do_not_specialize=["T", "K", "ROWS", "so"])
+@jit(do_not_specialize=["T", "K", "ROWS", "so"])
 def _store_kernel(
     x_ptr, channels_ptr, out_ptr, T, K, ROWS, so, sn, sp, sq, sc,
     PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
@@ -32,6 +39,7 @@ def _store_kernel(
     token = t // PQ * sn + pixel // Q * sp + pixel % Q * sq
     keep = (j < K)[:, None] & (t < T)[None, :]
     x = tl.load(x_ptr + channel[:, None] * sc + token[None, :], mask=keep, other=0.0)  # [BJ, BT]
+    # rows K..ROWS-1 get the zeros that the masked load returns
     inside = (j < ROWS)[:, None] & (t < T)[None, :]
     if PIXEL_MAJOR:
         tl.store(out_ptr + t[None, :] * (so * UNIT) + j[:, None], x, mask=inside)
@@ -63,7 +71,7 @@ def store_channels_ref(x: torch.Tensor, channels: torch.Tensor, layout: str, str
     K = channels.numel()
     store = _empty_store(x, K, layout, stride)
     if layout == "tokens":
-        return store.copy_(x.index_select(-1, channels).reshape(-1, K).t())
+        return store.copy_(x.index_select(-1, channels).reshape(store.shape[1], K).t())
     picked = x[:, :, :: stride[0], :: stride[1]].index_select(1, channels)  # [N, K, P, Q]
     if layout == "taps":
         store[..., K:].zero_()
@@ -90,3 +98,82 @@ def source_strides(x: torch.Tensor, layout: str, stride: Sequence[int]) -> tuple
         if sn == Q * sq:
             return 1, 1, sq, 0, 0, sc
     return P * Q, Q, sn, sp, sq, sc
+
+
+def _viewable(x: torch.Tensor, layout: str) -> bool:
+    """Whether tokens lie at one stride (an exotic view of a Linear input does not: the twin copes)."""
+    if layout != "tokens":
+        return True
+    sizes, strides = x.shape[:-1], x.stride()[:-1]
+    rows = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    return all(outer == size * inner for (_, outer), (size, inner) in zip(rows, rows[1:], strict=False))
+
+
+@rule("store")
+def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
+    """A tile of 16 channels (8 for few) by 128 tokens moves 16 elements a thread with 4 warps."""
+    return Config({"BJ": 8 if shape["K"] <= 8 else 16, "BT": 128}, num_warps=4, num_stages=1)
+
+
+def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int]) -> torch.Tensor:
+    K = channels.numel()
+    if not use_triton(x) or not _viewable(x, layout):
+        return store_channels_ref(x, channels, layout, stride)
+    out = _empty_store(x, K, layout, stride)
+    rows = out.shape[-1] if layout == "taps" else K
+    tokens = out.numel() // max(rows, 1)
+    if out.numel() == 0:
+        return out
+    PQ, Q, sn, sp, sq, sc = source_strides(x, layout, stride)
+    row = rows if layout == "taps" else padded(tokens) if layout != "planes" else tokens
+    unit = 8 if row % 8 == 0 else 1
+    config = select_config("store", {"T": tokens, "K": K}, x.dtype, Arch.of(x.device))
+    grid = (-(-tokens // config.meta["BT"]), -(-rows // config.meta["BJ"]))
+    launch(_store_kernel, grid, x, channels, out, tokens, K, rows, row // unit, sn, sp, sq, sc,
+           config=config, PQ=PQ, Q=Q, UNIT=unit, PIXEL_MAJOR=layout == "taps")  # fmt: skip
+    return out
+
+
+def _fake(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int]) -> torch.Tensor:
+    return _empty_store(x, channels.numel(), layout, stride)
+
+
+_op = register_op("store_channels(Tensor x, Tensor channels, str layout, SymInt[] stride) -> Tensor", _store, _fake)
+
+
+def store_channels(
+    x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int] = (1, 1)
+) -> torch.Tensor:
+    """Copy the selected channels of x into the store of `layout` (see the table above); dtype as x, bit for bit.
+
+    channels: [K] int32 or int64, unique; `stride` is that of the 1x1 convolution and only "pixels" may have one.
+    Raises: ValueError for an unknown layout, a wrong number of dimensions or a stride where there is none.
+    """
+    check_store_arguments(x, layout, stride)
+    out: torch.Tensor = _op(x, channels, layout, stride)
+    return out
+
+
+def check_store_arguments(x: torch.Tensor, layout: str, stride: Sequence[int]) -> None:
+    """Raises: ValueError as `store_channels` promises."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, wanted one of {', '.join(LAYOUTS)}")
+    if layout != "tokens" and x.dim() != 4:
+        raise ValueError(f"x for layout {layout!r}: got {x.dim()} dimensions, wanted [N, C, H, W]")
+    if layout != "pixels" and tuple(stride) != (1, 1):
+        raise ValueError(f"stride for layout {layout!r}: got {tuple(stride)}, wanted (1, 1); only 'pixels' has a stride")
+
+
+def store_bytes(layout: str, num_channels: int, num_tokens: int, itemsize: int) -> int:
+    """Bytes that a store keeps (alignment gaps between rows included)."""
+    if layout == "taps":
+        return num_tokens * padded(num_channels) * itemsize
+    return num_channels * (num_tokens if layout == "planes" else padded(num_tokens)) * itemsize
+
+
+def traffic_bytes(layout: str, num_channels: int, num_tokens: int, itemsize: int) -> int:
+    """Bytes that a perfect copy moves: the selected elements and ids read, the store written.
+
+    A token-major x is read in 32-byte sectors, so random channels cost up to 16 times that in 16-bit types.
+    """
+    return num_channels * (num_tokens * itemsize + 4) + store_bytes(layout, num_channels, num_tokens, itemsize)
