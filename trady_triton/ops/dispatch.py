@@ -38,7 +38,7 @@ else:
     except ImportError:
         triton = tl = None
 
-__all__ = ["BACKENDS", "INTERPRET", "deterministic", "jit", "launch", "tl", "triton", "use_triton"]
+__all__ = ["BACKENDS", "INTERPRET", "backend", "deterministic", "jit", "launch", "tl", "triton", "use_triton"]
 
 BACKENDS = ("auto", "triton", "torch")
 INTERPRET: bool = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -53,18 +53,27 @@ def jit(fn: Callable[..., Any] | None = None, *, do_not_specialize: tuple[str, .
     return triton.jit(fn, do_not_specialize=list(do_not_specialize))
 
 
+def backend() -> str:
+    """The value of TRADY_TRITON_BACKEND.
+
+    Raises: ValueError when it is unknown.
+    """
+    name = os.environ.get("TRADY_TRITON_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"TRADY_TRITON_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    return name
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether an op on `tensor` launches its kernel.
 
-    Raises: ValueError when TRADY_TRITON_BACKEND is unknown, or asks for triton where it cannot run.
+    Raises: ValueError when TRADY_TRITON_BACKEND asks for triton where it cannot run.
     """
-    backend = os.environ.get("TRADY_TRITON_BACKEND", "auto")
-    if backend == "auto":
+    name = backend()
+    if name == "auto":
         return tensor.is_cuda and triton is not None
-    if backend == "torch":
+    if name == "torch":
         return False
-    if backend != "triton":
-        raise ValueError(f"TRADY_TRITON_BACKEND: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if triton is None:
         raise ValueError("TRADY_TRITON_BACKEND=triton, but triton is not installed; wanted: 'auto', or triton")
     if not (tensor.is_cuda or INTERPRET):
