@@ -6,16 +6,17 @@ t // PQ * image + t % PQ * pixel + c * channel.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 
 class TokenLayout(NamedTuple):
-    """Sizes and strides (in elements) of the tokens of a tensor; PQ is 1 where all tokens lie at one stride, `image`."""
+    """Sizes and strides (in elements) of tokens; PQ is 1 where all of them lie at one stride, `image`."""
 
     T: int
-    O: int  # noqa: E741
+    O: int
     PQ: int
     image: int
     pixel: int
@@ -25,7 +26,7 @@ class TokenLayout(NamedTuple):
 def _single_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The stride of these axes merged into one, or None where they cannot be."""
     axes = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    if any(outer != size * inner for (_, outer), (size, inner) in zip(axes, axes[1:], strict=False)):
+    if any(outer != size * inner for (_, outer), (size, inner) in pairwise(axes)):
         return None
     return axes[-1][1] if axes else 1
 

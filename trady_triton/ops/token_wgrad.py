@@ -1,6 +1,6 @@
 """Weight gradient of the selected input channels of a Linear or 1x1 convolution.
 
-T tokens or kept pixels, K selected channels, O out, S splits of T; store [K, T] (layout CM), dy [..., O] or [N, O, P, Q].
+T tokens or kept pixels, K selected channels, O out, S splits of T.   store [K, T], dy [..., O] or [N, O, P, Q].
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _accumulate(
 def _token_wgrad_kernel(
     x_ptr, dy_ptr, out_ptr, T, O, K, row_units, image, pixel, blocks_per_split,
     PQ: tl.constexpr, CHANNEL: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ONES: tl.constexpr,
-    ATOMIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+    PEEL: tl.constexpr, ATOMIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PREC: tl.constexpr,
+    UP: tl.constexpr,
 ):  # fmt: skip
     # out [S, M, O]; M = K, or K + 1 with ONES: a row of ones below the store makes row K the bias gradient
     M = K + 1 if ONES else K
@@ -77,15 +78,18 @@ def _token_wgrad_kernel(
     row = (j.to(tl.int64) if WIDE else j) * (row_units * UNIT)
     begin = split * blocks_per_split * BK
     end = tl.minimum(begin + blocks_per_split * BK, T)
-    full = tl.maximum(tl.minimum(end, T // BK * BK), begin)  # unmasked loads stay vectorised whatever T is
+    # Masks by a T that is no multiple of 16 would make every load scalar: there only the last tile gets one (PEEL).
+    full = tl.maximum(tl.minimum(end, T // BK * BK), begin) if PEEL else end
     acc = tl.zeros([BM, BN], tl.float32)
     for t0 in range(begin, full, BK):
         acc = _accumulate(acc, x_ptr, dy_ptr, row, j, c, t0, T, O, K, image, pixel,
-                    PQ, CHANNEL, WIDE, ONES, False, BK, PREC, UP)  # fmt: skip
-    for t0 in tl.range(full, end, BK, num_stages=1):
-        acc = _accumulate(acc, x_ptr, dy_ptr, row, j, c, t0, T, O, K, image, pixel,
-                    PQ, CHANNEL, WIDE, ONES, True, BK, PREC, UP)  # fmt: skip
-    out = out_ptr + (split.to(tl.int64) * M + j)[:, None] * O + c[None, :]
+                          PQ, CHANNEL, WIDE, ONES, not PEEL, BK, PREC, UP)  # fmt: skip
+    if PEEL:
+        for t0 in tl.range(full, end, BK, num_stages=1):
+            acc = _accumulate(acc, x_ptr, dy_ptr, row, j, c, t0, T, O, K, image, pixel,
+                              PQ, CHANNEL, WIDE, ONES, True, BK, PREC, UP)  # fmt: skip
+    first = 0 if ATOMIC else split.to(tl.int64) * M
+    out = out_ptr + (first + j)[:, None] * O + c[None, :]
     inside = (j < M)[:, None] & (c < O)[None, :]
     if ATOMIC:
         tl.atomic_add(out, acc, mask=inside, sem="relaxed")
@@ -140,8 +144,9 @@ def token_wgrad_ref(
 
 
 def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
+    unaligned = shape["PQ"] > 1 and shape["PQ"] % 4 != 0
     BM = min(max(next_power_of_2(shape["K"]), 16), 256)
-    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if BM == 256 or shape["PQ"] % 4 else 128)
+    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if BM == 256 or unaligned else 128)
     BK = 32 if dtype == torch.float32 else 64
     stages = 2 if arch.hip else 3 if BM >= 128 or dtype == torch.float32 else 4
     return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=8 if BM * BN >= 16384 else 4, num_stages=stages)
@@ -151,7 +156,7 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """One pass over dy where K allows it; as many splits of T as fill the device once, for little more traffic.
 
-    Shapes with more than 256 channels are bound by arithmetic and fp32 has no fast transposed operand: cuBLAS is better.
+    More than 256 channels are bound by arithmetic, and fp32 has no fast transposed operand: cuBLAS is better there.
     """
     tiles = _tiles(shape, dtype, arch)
     T, O, K = shape["T"], shape["O"], shape["K"]
@@ -186,7 +191,7 @@ def _launch(store: torch.Tensor, dy: torch.Tensor, layout: TokenLayout, out: tor
         _token_wgrad_kernel, (-(-M // BM) * -(-layout.O // BN), split),
         store, dy, out, T, layout.O, K, store.stride(0) // unit, layout.image, layout.pixel, -(-blocks // split),
         config=config, PQ=layout.PQ, CHANNEL=layout.channel, UNIT=unit, WIDE=_out_of_int32(store, dy), ONES=M > K,
-        ATOMIC=out.dim() == 2 and split > 1, PREC=dot_precision(store.dtype), UP=INTERPRET,
+        PEEL=T % 16 != 0, ATOMIC=out.dim() == 2 and split > 1, PREC=dot_precision(store.dtype), UP=INTERPRET,
     )  # fmt: skip
 
 
@@ -244,7 +249,8 @@ def token_wgrad_bytes(T: int, O: int, K: int, itemsize: int, out_itemsize: int =
 
 
 _op = register_op(
-    "token_wgrad(Tensor store, Tensor dy, int channel_dim, ScalarType out_dtype, bool two_pass, bool ones_row) -> Tensor",
+    "token_wgrad(Tensor store, Tensor dy, int channel_dim, ScalarType out_dtype, bool two_pass, bool ones_row)"
+    " -> Tensor",
     _impl,
     _fake,
     token_wgrad_flops,
@@ -273,6 +279,6 @@ def token_wgrad(
     if store.dim() != 2 or store.shape[1] * O != dy.numel():
         raise ValueError(f"store: got {tuple(store.shape)}, wanted [K, T] with the tokens of dy {tuple(dy.shape)}")
     if store.dtype != dy.dtype or (store.shape[1] > 1 and store.stride(1) != 1):
-        raise ValueError(f"store: got {store.dtype} with strides {store.stride()}, wanted {dy.dtype} with unit last stride")
+        raise ValueError(f"store: got {store.dtype}, strides {store.stride()}, wanted {dy.dtype}, unit last stride")
     out: torch.Tensor = _op(store, dy, channel_dim, out_dtype, deterministic, ones_row)
     return out

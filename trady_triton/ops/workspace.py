@@ -1,7 +1,7 @@
 """One scratch buffer of at most 8 MiB for each (device, stream), shared by every two-pass op that runs on that stream.
 
 Work on one stream is in order, so the next op may overwrite it as soon as the reduction of the last one is launched.
-The autograd engine runs backward on another thread but on the stream of the forward: the key is the stream, not the thread.
+The autograd engine runs backward on another thread but on the stream of the forward, so threads are not in the key.
 """
 
 from __future__ import annotations
