@@ -144,9 +144,10 @@ def token_wgrad_ref(
 
 
 def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    unaligned = shape["PQ"] > 1 and shape["PQ"] % 4 != 0
+    planes = shape["PQ"] > 1
     BM = min(max(next_power_of_2(shape["K"]), 16), 256)
-    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if BM == 256 or unaligned else 128)
+    narrow = BM == 256 or (planes and (BM == 16 or shape["PQ"] % 4 != 0))  # wider ones need too many registers
+    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if narrow else 128)
     BK = 32 if dtype == torch.float32 else 64
     stages = 2 if arch.hip else 3 if BM >= 128 or dtype == torch.float32 else 4
     return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=8 if BM * BN >= 16384 else 4, num_stages=stages)
@@ -206,15 +207,12 @@ def _two_pass(
 def _impl(
     store: torch.Tensor, dy: torch.Tensor, channel_dim: int, out_dtype: torch.dtype, two_pass: bool, ones_row: bool
 ) -> torch.Tensor:
+    M = store.shape[0] + ones_row
+    if M == 0 or dy.numel() == 0 or store.dtype == torch.float64 or not use_triton(store):
+        return token_wgrad_ref(store, dy, channel_dim, out_dtype=out_dtype, ones_row=ones_row)
     layout = token_layout(dy, channel_dim)
     if layout is None:
-        dy = dy.contiguous()
-        layout = token_layout(dy, channel_dim)
-    assert layout is not None
-    M = store.shape[0] + ones_row
-    empty = M == 0 or dy.numel() == 0
-    if empty or store.dtype == torch.float64 or not use_triton(store):
-        return token_wgrad_ref(store, dy, channel_dim, out_dtype=out_dtype, ones_row=ones_row)
+        return _impl(store, dy.contiguous(), channel_dim, out_dtype, two_pass, ones_row)
     shape = {"T": layout.T, "O": layout.O, "K": M, "PQ": layout.PQ}
     config = select_config("token_wgrad", shape, store.dtype, Arch.of(store.device))
     if config.backend == "mm" and backend() != "triton":
