@@ -26,6 +26,13 @@ from .select_config import Arch, Config, Shape, rule, select_config
 LAYOUTS = ("tokens", "pixels", "taps", "planes")
 
 
+@jit
+def token_offset(t, sn, sp, sq, PQ: tl.constexpr, Q: tl.constexpr):
+    """Where token t lies in x; the strides are those of `source_strides`."""
+    pixel = t % PQ
+    return t // PQ * sn + pixel // Q * sp + pixel % Q * sq
+
+
 @jit(do_not_specialize=["T", "K", "ROWS", "so"])
 def _store_kernel(
     x_ptr, channels_ptr, out_ptr, T, K, ROWS, so, sn, sp, sq, sc,
@@ -35,8 +42,7 @@ def _store_kernel(
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
     channel = tl.load(channels_ptr + j, mask=j < K, other=0).to(tl.int64)
-    pixel = t % PQ
-    token = t // PQ * sn + pixel // Q * sp + pixel % Q * sq
+    token = token_offset(t, sn, sp, sq, PQ, Q)
     keep = (j < K)[:, None] & (t < T)[None, :]
     x = tl.load(x_ptr + channel[:, None] * sc + token[None, :], mask=keep, other=0.0)  # [BJ, BT]
     # rows K..ROWS-1 get the zeros that the masked load returns
@@ -57,19 +63,28 @@ def kept_pixels(x: torch.Tensor, stride: Sequence[int]) -> tuple[int, int]:
     return (x.shape[2] + stride[0] - 1) // stride[0], (x.shape[3] + stride[1] - 1) // stride[1]
 
 
-def _empty_store(x: torch.Tensor, K: int, layout: str, stride: Sequence[int]) -> torch.Tensor:
+def store_size(x: torch.Tensor, K: int, layout: str, stride: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the store for K channels of x."""
+    if layout == "tokens":
+        return K, math.prod(x.shape[:-1])
+    if layout == "pixels":
+        return K, x.shape[0] * math.prod(kept_pixels(x, stride))
     if layout == "taps":
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[3], padded(K))
-    if layout == "planes":
-        return x.new_empty(K, x.shape[0], x.shape[2], x.shape[3])
-    T = math.prod(x.shape[:-1]) if layout == "tokens" else x.shape[0] * math.prod(kept_pixels(x, stride))
-    return x.new_empty_strided((K, T), (padded(T), 1))
+        return x.shape[0], x.shape[2], x.shape[3], padded(K)
+    return K, x.shape[0], x.shape[2], x.shape[3]
+
+
+def empty_store(like: torch.Tensor, size: Sequence[int], layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """An unwritten store on the device of `like`."""
+    if layout in ("tokens", "pixels"):
+        return like.new_empty_strided((size[0], size[1]), (padded(size[1]), 1), dtype=dtype)
+    return like.new_empty(size, dtype=dtype)
 
 
 def store_channels_ref(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int] = (1, 1)) -> torch.Tensor:
     """What `store_channels` computes, in torch."""
     K = channels.numel()
-    store = _empty_store(x, K, layout, stride)
+    store = empty_store(x, store_size(x, K, layout, stride), layout, x.dtype)
     if layout == "tokens":
         return store.copy_(x.index_select(-1, channels).reshape(store.shape[1], K).t())
     picked = x[:, :, :: stride[0], :: stride[1]].index_select(1, channels)  # [N, K, P, Q]
@@ -100,7 +115,7 @@ def source_strides(x: torch.Tensor, layout: str, stride: Sequence[int]) -> tuple
     return P * Q, Q, sn, sp, sq, sc
 
 
-def _viewable(x: torch.Tensor, layout: str) -> bool:
+def viewable(x: torch.Tensor, layout: str) -> bool:
     """Whether tokens lie at one stride (an exotic view of a Linear input does not: the twin copes)."""
     if layout != "tokens":
         return True
@@ -117,9 +132,9 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 
 def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int]) -> torch.Tensor:
     K = channels.numel()
-    if not use_triton(x) or not _viewable(x, layout):
+    if not use_triton(x) or not viewable(x, layout):
         return store_channels_ref(x, channels, layout, stride)
-    out = _empty_store(x, K, layout, stride)
+    out = empty_store(x, store_size(x, K, layout, stride), layout, x.dtype)
     rows = out.shape[-1] if layout == "taps" else K
     tokens = out.numel() // max(rows, 1)
     if out.numel() == 0:
@@ -135,7 +150,7 @@ def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequenc
 
 
 def _fake(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int]) -> torch.Tensor:
-    return _empty_store(x, channels.numel(), layout, stride)
+    return empty_store(x, store_size(x, channels.numel(), layout, stride), layout, x.dtype)
 
 
 _op = register_op("store_channels(Tensor x, Tensor channels, str layout, SymInt[] stride) -> Tensor", _store, _fake)
