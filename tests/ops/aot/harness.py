@@ -172,10 +172,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ci", action="store_true", help="only the cases with ci=True")
     parser.add_argument("--only", default="", help="only cases_*ONLY*.py")
+    parser.add_argument("--match", default="", help="only cases with MATCH in their name")
     parser.add_argument("--write", action="store_true", help="update the rows of the table instead of diffing it")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    cases = {case.name: case for case in load_cases(options.only) if case.ci or not options.ci}
+    chosen = (case for case in load_cases(options.only) if options.match in case.name and (case.ci or not options.ci))
+    cases = {case.name: case for case in chosen}
     jobs = [(options.only, case.name, target) for case in cases.values() for target in case.targets]
     with ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(_compile_named, jobs))
