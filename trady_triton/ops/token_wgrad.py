@@ -164,7 +164,8 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """One pass over dy where K allows it; as many splits of T as fill the device once, for little more traffic.
 
-    More than 256 channels are bound by arithmetic, and fp32 has no fast transposed operand: cuBLAS is better there.
+    More than 256 channels are bound by arithmetic, and fp32 has no fast transposed operand: cuBLAS is better there,
+    unless planes of small images make many small products of it.
     """
     tiles = _tiles(shape, dtype, arch)
     T, O, K = shape["T"], shape["O"], shape["K"]
@@ -177,7 +178,9 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
         MAX_WORKSPACE_BYTES // (4 * K * O),
         T * dtype.itemsize // (16 * K),  # partials written and read again: at most half of the bytes of dy
     )
-    mm = K > 256 or dtype == torch.float32
+    images_at_once = max(1, MAX_WORKSPACE_BYTES // (4 * K * O))
+    products = 1 if shape["PQ"] == 1 else T / shape["PQ"] / images_at_once
+    mm = (K > 256 or dtype == torch.float32) and products <= 8
     return replace(tiles, split=max(1, min(most)), backend="mm" if mm else "triton")
 
 
