@@ -177,7 +177,7 @@ def test_rule_stays_within_the_limits():
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 9, 10, 8)}, "images of dy"),
-        ({"x": torch.zeros(2, 9, 10, 8, dtype=torch.float16)}, "as dy"),
+        ({"x": torch.zeros(2, 9, 10, 8, dtype=torch.float16)}, "wanted contiguous"),
         ({"x": torch.zeros(2, 8, 9, 10).permute(0, 2, 3, 1)}, "strides"),
         ({"k": 9}, "k: got 9"),
     ],

@@ -35,15 +35,15 @@ def image_strides(dy: torch.Tensor) -> tuple[int, int, int]:
 def fits_kernel(x: torch.Tensor, dy: torch.Tensor) -> bool:
     """Whether the kernels can compute on these: not empty, no float64, offsets that fit 32 bits."""
     spans = (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in (x, dy))
-    return x.numel() > 0 and dy.numel() > 0 and x.dtype != torch.float64 and max(spans) < 2**31
+    return x.numel() > 0 and dy.numel() > 0 and dy.dtype != torch.float64 and max(spans) < 2**31
 
 
-def check_pair(x: torch.Tensor, images: int, dy: torch.Tensor) -> None:
-    """Raises ValueError where the store of `images` images and dy [N, O, P, Q] cannot belong together."""
+def check_pair(x: torch.Tensor, images: int, dy: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where the store of `images` images is not of `dtype` or does not belong to dy [N, O, P, Q]."""
     if x.dim() != 4 or dy.dim() != 4 or images != dy.shape[0]:
         raise ValueError(f"x: got a store {tuple(x.shape)}, wanted 4 axes with the images of dy {tuple(dy.shape)}")
-    if x.dtype != dy.dtype or not x.is_contiguous():
-        raise ValueError(f"x: got {x.dtype} with strides {x.stride()}, wanted contiguous {dy.dtype} as dy")
+    if x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"x: got {x.dtype} with strides {x.stride()}, wanted contiguous {dtype}")
 
 
 def fit_padding(

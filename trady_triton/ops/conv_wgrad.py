@@ -227,10 +227,11 @@ def conv_wgrad(
 
     x: store [N, H, W, Kp] of which the first k channels count; dy: [N, O, P, Q] of x's dtype in any memory format, read
     in place. `padding` is top and left: pixels outside the image are zeros, and P and Q say how far bottom and right
-    reach. Repeatable bit for bit.
+    reach. Repeatable bit for bit. A quantised store goes through dequantize_channels first: that pass is short against
+    dy, and reading codes here would cost the asynchronous 16-byte loads.
     Raises: ValueError for sizes, dtypes or strides that do not fit.
     """
-    check_pair(x, x.shape[0], dy)
+    check_pair(x, x.shape[0], dy, dy.dtype)
     if not 0 <= k <= x.shape[3]:
         raise ValueError(f"k: got {k}, wanted at most the {x.shape[3]} channels of the store")
     out: torch.Tensor = _op(x, dy, k, kernel_size, stride, padding, dilation, out_dtype)

@@ -1,7 +1,7 @@
 """The kernel of `grouped_wgrad` for few outputs a group (depthwise: one), as a matrix product summed along diagonals.
 
 N images, K selected channels, M outputs of a group, H x W input pixels, P x Q output pixels, R x S taps; store
-[K, N, H, W] (layout CN), dy [N, O, P, Q].
+[K, N, H, W] (layout CN, plain or 8-bit codes), dy [N, O, P, Q].
 
 For one filter row r, G[q, w] = sum over (n, p) of dy[n, p, q] x[n, p STRIDE_H + r DILATION_H - TOP, w] is a product on
 the matrix units, and dW[r, s] is the sum of G along the diagonal w = q STRIDE_W + s DILATION_W - LEFT. Where a plain
@@ -23,9 +23,15 @@ from .tile import dot_precision, tile_dot
 MAX_COLUMNS = 256
 
 
+@jit
+def dequantize_tile(codes, keep, scale, zero):
+    """code * scale + zero in fp32, and zero outside the image: the zero point is not 0."""
+    return tl.where(keep, codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32), 0.0)
+
+
 @jit(do_not_specialize=["N", "ROWS", "steps"])
 def _depthwise_wgrad_kernel(
-    x_ptr, channels_ptr, dy_ptr, out_ptr, N, ROWS, C_GROUP, M, image, pixel, steps,
+    x_ptr, scale_ptr, zero_ptr, channels_ptr, dy_ptr, out_ptr, N, ROWS, C_GROUP, M, image, pixel, steps,
     H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNEL: tl.constexpr,
@@ -56,7 +62,11 @@ def _depthwise_wgrad_kernel(
         h = (p * STRIDE_H - TOP)[:, None] + (r * DILATION_H)[None, :]
         w = (t % Q_TILES * (BQ * STRIDE_W) - BACK)[:, None] + w0[None, :]
         keep = (t < T)[:, None] & (r < R)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        x = tl.load(x_ptr + ((n * H)[:, None] + h) * W + w, mask=keep, other=0.0)  # [BK, RB * BW]
+        x = tl.load(x_ptr + ((n * H)[:, None] + h) * W + w, mask=keep, other=0)  # [BK, RB * BW]
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + j * N + n, mask=t < T, other=0.0)[:, None]
+            zero = tl.load(zero_ptr + j * N + n, mask=t < T, other=0.0)[:, None]
+            x = dequantize_tile(x, keep, scale, zero).to(dy.dtype)
         acc = tile_dot(dy, x, acc, PREC, UP)
     r = tl.program_id(1) * RB + tl.arange(0, RB)
     out_ptr += (split.to(tl.int64) * ROWS + row) * (R * S)
@@ -107,9 +117,9 @@ def depthwise_shape(
 
 
 def depthwise_wgrad_launch(
-    x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, out: torch.Tensor, config: Config,
-    group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int],
+    x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None,
+    out: torch.Tensor, config: Config, group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
 ) -> None:  # fmt: skip
     """Fill out [splits, K, M, R, S]; group = (input, output) channels of a group."""
     (K, N, H, W), (P, Q) = x.shape, dy.shape[2:]
@@ -118,9 +128,9 @@ def depthwise_wgrad_launch(
     rows = K * group[1]
     launch(
         _depthwise_wgrad_kernel, (rows, ceil_div(kernel_size[0], config.meta["RB"]), config.split),
-        x, channels, dy, out, N, rows, *group, image, pixel, ceil_div(steps, config.split),
+        x, scale, zero, channels, dy, out, N, rows, *group, image, pixel, ceil_div(steps, config.split),
         config=config, H=H, W=W, P=P, Q=Q, R=kernel_size[0], S=kernel_size[1],
         STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
         DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel,
-        PREC=dot_precision(x.dtype), UP=INTERPRET,
+        PREC=dot_precision(dy.dtype), UP=INTERPRET,
     )  # fmt: skip

@@ -12,10 +12,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CI = {("bf16", 56, 3, 1, "nchw"), ("bf16", 7, 5, 1, "nchw")}
 
 
-def common(size, kernel, stride, layout, dtype):
+def common(size, kernel, stride, layout, dtype, codes):
     """Output size, signature, constants and aligned arguments that both kernels share."""
     P = (size + 2 * (kernel // 2) - kernel) // stride + 1
     signature = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32", "channels_ptr": "*i32"}
+    if codes:
+        signature |= {"x_ptr": "*u8", "scale_ptr": "*bf16", "zero_ptr": "*bf16"}
     signature |= dict.fromkeys(("N", "C_GROUP", "M", "image", "pixel", "steps"), "i32")
     constexprs = {
         "H": size, "W": size, "Q": P, "S": kernel, "STRIDE_H": stride, "STRIDE_W": stride, "TOP": kernel // 2,
@@ -29,8 +31,8 @@ def common(size, kernel, stride, layout, dtype):
     return P, signature, constexprs, aligned
 
 
-def depthwise(size, kernel, stride=1, layout="nchw", dtype="bf16"):
-    P, signature, constexprs, aligned = common(size, kernel, stride, layout, dtype)
+def depthwise(size, kernel, stride=1, layout="nchw", dtype="bf16", codes=False):
+    P, signature, constexprs, aligned = common(size, kernel, stride, layout, dtype, codes)
     shape = {
         "ROWS": 24, "N": 128, "W": size, "P": P, "Q": P, "R": kernel, "S": kernel,
         "STRIDE_W": stride, "LEFT": kernel // 2, "DILATION_W": 1,
@@ -39,7 +41,7 @@ def depthwise(size, kernel, stride=1, layout="nchw", dtype="bf16"):
     del signature["C_GROUP"], signature["M"]  # one: constants too
     tile = "x".join(str(config.meta[name]) for name in ("RB", "BQ", "BW", "BK"))
     return Case(
-        f"depthwise_wgrad {dtype} {kernel}x{kernel} stride {stride} {layout}{size} {tile}",
+        f"depthwise_wgrad {dtype} {kernel}x{kernel} stride {stride} {layout}{size} {tile}" + " codes" * codes,
         _depthwise_wgrad_kernel,
         signature | {"ROWS": "i32"},
         constexprs | {"P": P, "R": kernel, "C_GROUP": 1, "M": 1, **config.meta},
@@ -51,13 +53,13 @@ def depthwise(size, kernel, stride=1, layout="nchw", dtype="bf16"):
     )
 
 
-def grouped(size, kernel, M, layout, dtype="bf16"):
-    P, signature, constexprs, aligned = common(size, kernel, 1, layout, dtype)
+def grouped(size, kernel, M, layout, dtype="bf16", codes=False):
+    P, signature, constexprs, aligned = common(size, kernel, 1, layout, dtype, codes)
     shape = {"K": 24, "M": M, "TAPS": kernel * kernel, "T": 128 * P * P}
     config = select_config("grouped_wgrad", shape, DTYPES[dtype], SM_90)
     tile = "x".join(str(config.meta[name]) for name in ("BM", "BN", "BK"))
     return Case(
-        f"grouped_wgrad {dtype} {kernel}x{kernel} {layout}{size} {tile}",
+        f"grouped_wgrad {dtype} {kernel}x{kernel} {layout}{size} {tile}" + " codes" * codes,
         _grouped_wgrad_kernel,
         signature | {"K": "i32"},
         constexprs | {"PQ": P * P, "TAPS": kernel * kernel, **config.meta},
@@ -75,3 +77,5 @@ CASES += [depthwise(size, kernel, layout="nhwc") for size in (56, 14) for kernel
 CASES += [depthwise(size, kernel, dtype="fp32") for size in (56, 14, 7) for kernel in (3, 7)]
 CASES += [grouped(size, 3, M, layout) for size in (56, 14) for M in (16, 64) for layout in ("nchw", "nhwc")]
 CASES += [grouped(28, 5, 32, "nchw"), grouped(28, 7, 16, "nchw"), grouped(28, 3, 16, "nchw", "fp32")]
+CASES += [depthwise(size, kernel, codes=True) for size in (56, 14) for kernel in (3, 7)]
+CASES += [grouped(56, 3, 16, "nchw", codes=True)]
