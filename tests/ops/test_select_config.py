@@ -6,9 +6,6 @@ import random
 import pytest
 import torch
 
-import trady_triton.ops.splitk_reduce
-import trady_triton.ops.token_wgrad
-import trady_triton.ops.wgrad_norm  # noqa: F401  (each registers its rule)
 from trady_triton.ops import select_config as module
 from trady_triton.ops.select_config import (
     MAX_ACCUMULATORS_PER_THREAD,
@@ -60,7 +57,7 @@ def test_token_wgrad_splits_write_less_than_half_of_what_they_read():
 def test_token_wgrad_reads_dy_once_for_up_to_256_channels():
     for shape, dtype, arch in random_shapes(2_000):
         config = select_config("token_wgrad", shape, dtype, arch)
-        assert shape["K"] > 256 or config.meta["BM"] >= shape["K"]
+        assert shape["K"] > (128 if shape["bits"] else 256) or config.meta["BM"] >= shape["K"]
 
 
 def test_wgrad_sqnorm_stays_within_its_limits():

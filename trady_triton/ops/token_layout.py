@@ -56,3 +56,10 @@ def as_batches(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
         return x.reshape(1, -1, x.shape[-1])
     pixels = x.flatten(2).transpose(1, 2)
     return pixels if pixels.stride(0) != pixels.shape[1] * pixels.stride(1) else pixels.reshape(1, -1, x.shape[1])
+
+
+def in_same_batches(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [b, t, C] and dy [B, P, O] of the same tokens, the one with a single batch cut like the other."""
+    if x.shape[0] < dy.shape[0]:
+        return x.reshape(*dy.shape[:2], x.shape[2]), dy
+    return x, dy.reshape(*x.shape[:2], dy.shape[2])

@@ -152,8 +152,9 @@ def token_wgrad_ref(
 
 def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     bits, planes = shape["bits"], shape["PQ"] > 1
-    BM = min(max(next_power_of_2(shape["K"]), 16), 256)
-    narrow = BM == 256 or (planes and (BM == 16 or shape["PQ"] % 4 != 0))  # wider ones need too many registers
+    # wider tiles would need too many registers
+    BM = min(max(next_power_of_2(shape["K"]), 16), 128 if bits else 256)
+    narrow = BM == 256 or (planes and (BM == 16 or bits == 4 or shape["PQ"] % 4 != 0))
     BN = min(max(next_power_of_2(shape["O"]), 32), 64 if narrow else 128)
     BK = GROUP if bits == 4 else 32 if dtype == torch.float32 else 64
     stages = 2 if arch.hip else 3 if BM >= 128 or bits == 4 or dtype == torch.float32 else 4
