@@ -31,7 +31,9 @@ def backend(request, monkeypatch):
 
 def special(dtype, generator):
     """Random values with the corners of every activation among them."""
-    corners = torch.tensor([0.0, -0.0, 6.0, -1.0, 1.0, 3.0, -3.0, 1e-30, -1e-30, 1e4, -1e4, float("inf"), -float("inf")])
+    corners = torch.tensor(
+        [0.0, -0.0, 6.0, -1.0, 1.0, 3.0, -3.0, 1e-30, -1e-30, 1e4, -1e4, float("inf"), -float("inf")]
+    )
     return torch.cat([4 * torch.randn(2085, generator=generator), corners]).to(dtype)
 
 

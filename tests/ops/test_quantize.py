@@ -5,11 +5,10 @@ import torch
 from torch.library import opcheck
 
 from tests.ops.numerics import GuardedArena
+from trady_triton.ops.dequantize import dequantize_channels, dequantize_channels_ref
 from trady_triton.ops.philox import random16_ref
 from trady_triton.ops.quantize import (
     GROUP,
-    dequantize_channels,
-    dequantize_channels_ref,
     quantize_channels,
     quantize_channels_ref,
     quantized_bytes,
@@ -32,7 +31,9 @@ both_bits = pytest.mark.parametrize("bits", [8, 4])
 def sample(shape, generator, dtype=torch.float32):
     """Skewed values, so that a wrong group shows."""
     x = torch.randn(shape, generator=generator)
-    return (x.abs() * torch.rand(shape, generator=generator) * 7 + torch.randn(shape[0], *[1] * (len(shape) - 1))).to(dtype)
+    return (x.abs() * torch.rand(shape, generator=generator) * 7 + torch.randn(shape[0], *[1] * (len(shape) - 1))).to(
+        dtype
+    )
 
 
 def round_trip(x, layout, bits, stride, seed=None, channels=CHANNELS):
@@ -99,10 +100,8 @@ def test_codes_do_not_depend_on_the_memory_format(layout, memory_format, bits, g
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_input_is_quantised_as_its_fp32_values(dtype, generator):
     x = sample((2, 150, 11), generator, dtype)
-    for out, ref in zip(
-        quantize_channels(x, CHANNELS, "tokens", 8), quantize_channels_ref(x.float(), CHANNELS, "tokens", 8, (1, 1), None),
-        strict=True,
-    ):  # fmt: skip
+    twin = quantize_channels_ref(x.float(), CHANNELS, "tokens", 8, (1, 1), None)
+    for out, ref in zip(quantize_channels(x, CHANNELS, "tokens", 8), twin, strict=True):
         assert torch.equal(out, ref)
 
 
@@ -163,7 +162,10 @@ def test_store_keeps_the_bytes_the_formula_says(layout, shape, stride, bits):
     x = torch.ones(shape)
     stored = quantize_channels(x, CHANNELS, layout, bits, stride)
     size = store_channels(x, CHANNELS, layout, stride).shape
-    kept, gap = sum(t.untyped_storage().nbytes() for t in stored), -size[1] % 16 if stored[0].dim() == 2 and bits == 8 else 0
+    kept, gap = (
+        sum(t.untyped_storage().nbytes() for t in stored),
+        -size[1] % 16 if stored[0].dim() == 2 and bits == 8 else 0,
+    )
     assert kept + gap == quantized_bytes(layout, size, bits)
 
 

@@ -12,7 +12,14 @@ from trady_triton.ops.scatter_update import (
     update_tables,
 )
 
-SHAPES = [((24, 40), 1), ((12, 18, 3, 3), 1), ((70, 20, 1, 1), 1), ((16, 1, 5, 5), 16), ((12, 4, 3, 3), 3), ((8, 3, 2), 1)]
+SHAPES = [
+    ((24, 40), 1),
+    ((12, 18, 3, 3), 1),
+    ((70, 20, 1, 1), 1),
+    ((16, 1, 5, 5), 16),
+    ((12, 4, 3, 3), 3),
+    ((8, 3, 2), 1),
+]
 
 
 def layers(generator, dtype=torch.float32, fraction=0.4):

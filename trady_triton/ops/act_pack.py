@@ -1,7 +1,8 @@
 """Activation forward that keeps its derivative in 1, 8 or 2 bits an element, and the backward that reads it.
 
-n elements; `code` is uint8 [ceil(n * bits / 8)]: element i of the STORAGE order of y owns the bits from (i * bits) % 8 up in byte
-i * bits // 8. y is dense in the memory format of x, so channels_last needs no copy, and the backward takes y's strides.
+n elements; `code` is uint8 [ceil(n * bits / 8)]: element i of the STORAGE order of y owns the bits from (i * bits) %
+8 up in byte i * bits // 8. y is dense in the memory format of x, so channels_last needs no copy; the backward takes
+y's strides.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from .philox import random16, random16_ref
 from .select_config import Arch, Config, Shape, rule, select_config
 
 _GATHER_BITS = 0x0102040810204080  # times eight bytes 0/1: byte i becomes bit i of the top byte
-_GATHER_PAIRS = 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6  # times four bytes 0..3: byte i becomes bits 2i, 2i+1 of the top byte
+_GATHER_PAIRS = (
+    1 << 24 | 1 << 18 | 1 << 12 | 1 << 6
+)  # times four bytes 0..3: byte i becomes bits 2i, 2i+1 of the top byte
 _SPREAD_BITS = 0x0101010101010101
 _PICK_BITS = 0x8040201008040201 - (1 << 64)
 
@@ -224,8 +227,9 @@ def act_pack(
     x: torch.Tensor, kind: str, bits: int, low: float | None = None, high: float | None = None,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(y, code) of a floating x of any shape and layout; `kind` is a key of activation.EXACT (1 bit) or SMOOTH (8 or 2 bits).
+    """(y, code) of a floating x of any shape and layout.
 
+    kind: a key of activation.EXACT (1 bit) or activation.SMOOTH (8 or 2 bits).
     low, high: the bounds of hardtanh.   seed: int64 of one element; rounds 8-bit codes stochastically (unbiased).
     Raises: ValueError for an unknown kind, or bits or a seed that the kind does not take.
     """

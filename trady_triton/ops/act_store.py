@@ -1,8 +1,9 @@
-"""Activation, its packed derivative and the compact store of its output in one pass over a channels-last or token-major x.
+"""Activation, its packed derivative and the compact store of its output in one pass over a channels-last x.
 
-T tokens or pixels, C channels (a multiple of 8), K selected channels.   y and code as in act_pack.py, the store as in store.py:
-CM [K, T] for "tokens" and "pixels" of stride 1, PM [N, H, W, Kp] for "taps".   `slots` [C] int32 says where a channel is stored,
--1 when it is not selected. Random channels of a token-major x cost most of its bytes to gather; here they are read once anyway.
+T tokens or pixels, C channels (a multiple of 8), K selected channels.  y and code as in act_pack.py, the store as in
+store.py: CM [K, T] for "tokens" and for "pixels" of stride 1, PM [N, H, W, Kp] for "taps".  `slots` [C] int32 says
+where a channel is stored, -1 when it is not selected. To gather random channels of a channels-last x costs most of
+its bytes; here they are read once anyway.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def channel_slots(channels: torch.Tensor, num_channels: int) -> torch.Tensor:
 
 
 def act_store_ref(
-    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int, low: float, high: float,
-    seed: torch.Tensor | None,
+    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int,
+    low: float, high: float, seed: torch.Tensor | None,
 ) -> Fused:  # fmt: skip
     """What the op act_store computes, in two passes of torch."""
     y, code = act_pack_ref(x, kind, bits, low, high, seed)
@@ -93,8 +94,8 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 
 
 def _act_store(
-    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int, low: float, high: float,
-    seed: torch.Tensor | None,
+    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int,
+    low: float, high: float, seed: torch.Tensor | None,
 ) -> Fused:  # fmt: skip
     if not use_triton(x):
         return act_store_ref(x, channels, slots, layout, kind, bits, low, high, seed)
@@ -110,8 +111,8 @@ def _act_store(
         config = select_config("act_store", {"T": T, "C": C}, x.dtype, Arch.of(x.device))
         row = store.shape[3] if layout == "taps" else padded(T)
         grid = (-(-T // config.meta["BT"]), -(-C // config.meta["BC"]))
-        launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // 8, low, high, config=config, C=C, KIND=kind,
-               PIXEL_MAJOR=layout == "taps", **code_constants(kind, bits))  # fmt: skip
+        launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // 8, low, high, config=config,
+               C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", **code_constants(kind, bits))  # fmt: skip
     return y, code, store
 
 
@@ -122,15 +123,15 @@ def _empty(x: torch.Tensor, channels: torch.Tensor, layout: str, bits: int) -> F
 
 
 def _fake(
-    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int, low: float, high: float,
-    seed: torch.Tensor | None,
+    x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int,
+    low: float, high: float, seed: torch.Tensor | None,
 ) -> Fused:  # fmt: skip
     return _empty(x, channels, layout, bits)
 
 
 _op = register_op(
-    "act_store(Tensor x, Tensor channels, Tensor slots, str layout, str kind, int bits, float low, float high, Tensor? seed) "
-    "-> (Tensor, Tensor, Tensor)",
+    "act_store(Tensor x, Tensor channels, Tensor slots, str layout, str kind, int bits, float low, float high, "
+    "Tensor? seed) -> (Tensor, Tensor, Tensor)",
     _act_store,
     _fake,
 )

@@ -1,13 +1,15 @@
-"""The activations whose derivative can be packed: value and derivative, in Triton and in torch, and the codes for the derivative.
+"""The activations whose derivative can be packed: value, derivative and the codes for it, in Triton and in torch.
 
-Exact kinds keep 1 bit, inside or outside (low, high): relu, relu6, hardtanh, hardsigmoid; their derivative is bit * slope.
-Smooth kinds keep 8 bits, derivative = (code - zero) / scale, where 0 and 1 are codes, so that dead and saturated elements
-stay exact; or, when asked, 2 bits: the nearest of four levels, which is another derivative (the levels minimise the squared
-error for a standard normal input, as Lloyd and Max do; compare ReGELU2, arXiv 2406.16282).
+Exact kinds keep 1 bit, inside or outside (low, high): relu, relu6, hardtanh, hardsigmoid; the derivative is bit *
+slope. Smooth kinds keep 8 bits, derivative = (code - zero) / scale, where 0 and 1 are codes, so that dead and
+saturated elements stay exact; or, when asked, 2 bits: the nearest of four levels, which is another derivative (the
+levels minimise the squared error for a standard normal input, as Lloyd and Max do; compare ReGELU2, arXiv
+2406.16282).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +58,19 @@ SMOOTH = {  # derivative ranges: GELU [-0.1290, 1.1290], SiLU [-0.0999, 1.0999],
     "hardswish": Smooth(64, (0.0061, 0.3515, 0.6487, 0.9939)),
 }
 
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardsigmoid": F.hardsigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
 
 @jit
 def activate(x, low, high, KIND: tl.constexpr):
-    """(activation, derivative) of fp32 (or fp64) x; the derivative of an exact kind is 1 inside and 0 outside (NaN is inside)."""
+    """(activation, derivative) of fp32 or fp64 x; an exact kind has derivative 1 inside, 0 outside; NaN is inside."""
     if KIND == "gelu":
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
@@ -90,8 +101,8 @@ def activation_ref(x: torch.Tensor, kind: str, low: float, high: float) -> torch
         return F.hardtanh(x, low, high)
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    functions = {"relu": F.relu, "relu6": F.relu6, "hardsigmoid": F.hardsigmoid, "gelu": F.gelu, "silu": F.silu}
-    return functions.get(kind, F.hardswish)(x)
+    y: torch.Tensor = _FUNCTIONS[kind](x)
+    return y
 
 
 def derivative_ref(x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -99,9 +110,12 @@ def derivative_ref(x: torch.Tensor, kind: str) -> torch.Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     ones = x.new_ones(()).expand_as(x)
     if kind in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(ones, x, approximate="tanh" if kind == "gelu_tanh" else "none")
-    backward = {"silu": torch.ops.aten.silu_backward, "hardswish": torch.ops.aten.hardswish_backward}
-    derivative: torch.Tensor = backward[kind](ones, x)
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        derivative: torch.Tensor = torch.ops.aten.gelu_backward(ones, x, approximate=approximate)
+    elif kind == "silu":
+        derivative = torch.ops.aten.silu_backward(ones, x)
+    else:
+        derivative = torch.ops.aten.hardswish_backward(ones, x)
     return derivative
 
 

@@ -1,8 +1,8 @@
 """Philox4x32-10 bits for stochastic rounding, the same in Triton and in torch.
 
-One counter (c0, c1, c2, c3) gives four 32-bit words, cut into eight 16-bit values: value 2m + h is half h (0 low, 1 high) of word m.
-A rounding keyed by (seed, element) is repeated exactly when checkpointing recomputes it.
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+One counter (c0, c1, c2, c3) gives four 32-bit words, cut into eight 16-bit values: value 2m + h is half h (0 low, 1
+high) of word m.  A rounding keyed by (seed, element) is repeated exactly when checkpointing recomputes it. Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations

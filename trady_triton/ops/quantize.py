@@ -1,19 +1,23 @@
-"""Quantised compact store: the layouts of store.py in 8 or 4 bits, with a scale and a zero point for every group of a channel.
+"""Quantised compact store: the layouts of store.py in 8 or 4 bits, with a scale and a zero point for every group.
 
-N images, K selected channels, H x W pixels, T tokens, Kp = K rounded up to 8.   Element (channel j, token t) belongs to group
-g = t // G with i = t % G, and  value = code * scale + zero.   One group is G = 128 tokens of a channel in CM (the last may be
-shorter) and one image of a channel, G = H W, in CN and PM.   F = half of G rounded up to a multiple of 8 (64 for CM).
+N images, K selected channels, H x W pixels, T tokens, Kp = K rounded up to 8.  Element (channel j, token t) belongs
+to group g = t // G with i = t % G, and  value = code * scale + zero.  A group is G = 128 tokens of a channel in CM
+(the last may be shorter) and one image of a channel, G = H W, in CN and PM.  F = half of G rounded up to a multiple
+of 8 (CM: 64).
 
-| layout               | 8 bits: uint8 codes                      | 4 bits: uint8 codes                                      | scale, zero |
-|----------------------|------------------------------------------|----------------------------------------------------------|-------------|
-| "tokens", "pixels"   | [K, T], row stride T rounded up to 16    | [K, groups * F]: byte g F + i = tokens i (low) and F + i | [K, groups] |
-| "planes"             | [K, N, H, W]                             | [K, N, F]: byte i of an image = pixels i (low) and F + i | [K, N]      |
-| "taps"               | [N, H, W, Kp]                            | [N, H, W, Kp / 2]: byte b = channels 2b (low) and 2b + 1 | [N, Kp]     |
+| layout           | 8 bits: uint8 codes     | 4 bits: uint8 codes                           | scale, zero |
+|------------------|-------------------------|-----------------------------------------------|-------------|
+| "tokens"/"pixels"| [K, T], row stride      | [K, groups * F]: byte g F + i holds tokens i  | [K, groups] |
+|                  | T rounded up to 16      | (low half) and F + i of group g               |             |
+| "planes"         | [K, N, H, W]            | [K, N, F]: byte i holds pixels i and F + i    | [K, N]      |
+| "taps"           | [N, H, W, Kp]           | [N, H, W, Kp / 2]: byte b holds channels 2b   | [N, Kp]     |
+|                  |                         | (low half) and 2b + 1                         |             |
 
-scale and zero are bf16, so no range of the activation overflows them: zero is the minimum rounded down, scale (maximum - zero) /
-(2^bits - 1) rounded up. Codes are computed against the rounded pair, so an element errs by half a step (rounded to nearest) or
-less than one (stochastically), and a channel that is constant and bf16 stays exact (scale 0). Codes past T and channels past K are 0.
-Stochastic rounding draws philox value (i % 8) of counter (i // 8, j, g, 0): recomputing under checkpoint repeats it bit for bit.
+scale and zero are bf16, so that no range of an activation overflows them: zero is the minimum rounded down, scale is
+(maximum - zero) / (2^bits - 1) rounded up. Codes are computed against the rounded pair, so an element errs by half a
+step (to nearest) or by less than one (stochastically), and a channel that is constant and bf16 stays exact (scale 0).
+Codes past T and channels past K are 0.  Stochastic rounding draws philox value i % 8 of counter (i // 8, j, g, 0), so
+that a recomputation under checkpoint repeats it bit for bit.
 """
 
 from __future__ import annotations
@@ -24,13 +28,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .dequantize import GROUP as GROUP
+from .dequantize import dequantize_channels as dequantize_channels
+from .dequantize import dequantize_channels_ref as dequantize_channels_ref
+from .dequantize import group_size, half_group, packing, row_stride, units
 from .dispatch import jit, launch, tl, use_triton
 from .library import register_op
 from .philox import random16, random16_ref
 from .select_config import Arch, Config, Shape, rule, select_config
 from .store import (
     check_store_arguments,
-    empty_store,
     padded,
     source_strides,
     store_channels_ref,
@@ -39,9 +46,7 @@ from .store import (
     viewable,
 )
 
-GROUP = 128
 BITS = (8, 4)
-_WHOLE, _HALVES, _PAIRS = 0, 1, 2  # how codes share a byte: not at all, tokens i and F + i, channels 2b and 2b + 1
 _SMALLEST_SCALE = 1e-30
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -123,44 +128,6 @@ def _quantize_kernel(
                 tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < ROWS)[:, None] & inside[None, :])
 
 
-@jit(do_not_specialize=["T", "ROWS", "groups", "row_units", "out_units"])
-def _dequantize_kernel(
-    codes_ptr, scale_ptr, zero_ptr, out_ptr, T, ROWS, groups, row_units, out_units,
-    G: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PACKING: tl.constexpr,
-    PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[None, :]
-    j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)[:, None]
-    mask = (j < ROWS) & (t < T)
-    row = row_units.to(tl.int64) * UNIT
-    g, i = t // G, t % G
-    if PACKING == 1:
-        code = tl.load(codes_ptr + j * row + g * HALF + i % HALF, mask=mask, other=0).to(tl.int32)
-        code = (code >> (i // HALF * 4).to(tl.int32)) & 15
-    elif PACKING == 2:
-        code = tl.load(codes_ptr + t * row + j // 2, mask=mask, other=0).to(tl.int32)
-        code = (code >> (j % 2 * 4).to(tl.int32)) & 15
-    else:
-        code = tl.load(codes_ptr + (t * row + j if PIXEL_MAJOR else j * row + t), mask=mask, other=0).to(tl.int32)
-    where = g * ROWS + j if PIXEL_MAJOR else j * groups + g
-    scale = tl.load(scale_ptr + where, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + where, mask=mask, other=0.0).to(tl.float32)
-    out_row = out_units.to(tl.int64) * OUT_UNIT
-    at = t * out_row + j if PIXEL_MAJOR else j * out_row + t
-    tl.store(out_ptr + at, (code.to(tl.float32) * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _group_size(layout: str, size: Sequence[int]) -> int:
-    """G, from the shape of the plain store."""
-    if layout in ("tokens", "pixels"):
-        return GROUP
-    return size[1] * size[2] if layout == "taps" else size[2] * size[3]
-
-
-def _half(G: int) -> int:
-    return padded((G + 1) // 2)
-
-
 def _rows(store: torch.Tensor, layout: str, G: int) -> torch.Tensor:
     """A plain store as [K, groups, G]; a short last group repeats its last token."""
     if layout == "taps":
@@ -170,7 +137,8 @@ def _rows(store: torch.Tensor, layout: str, G: int) -> torch.Tensor:
     missing = -store.shape[1] % G
     if missing:
         store = torch.cat([store, store[:, -1:].expand(-1, missing)], dim=1)
-    return store.unflatten(1, (-1, G))
+    groups: torch.Tensor = store.unflatten(1, (-1, G))
+    return groups
 
 
 def _parameters(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +148,8 @@ def _parameters(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
     zero = ((raw & -65536) + ((raw < 0) & (raw & 65535 != 0)).int() * 65536).view(torch.float32)
     step = ((high - zero) * (1.0 / (2**bits - 1))).view(torch.int32)
     scale = ((step + 65535) & -65536).view(torch.float32)
-    return torch.where(scale > _SMALLEST_SCALE, scale, 0.0), zero
+    scale = torch.where(scale > _SMALLEST_SCALE, scale, torch.zeros_like(scale))
+    return scale, zero
 
 
 def _noise(rows: torch.Tensor, seed: torch.Tensor | None) -> float | torch.Tensor:
@@ -201,7 +170,7 @@ def quantize_channels_ref(
     codes, scale, zero = _empty_codes(x, store.shape, layout, bits)
     if not store.numel():
         return codes, scale, zero
-    G = _group_size(layout, store.shape)
+    G = group_size(layout, store.shape)
     rows = _rows(store, layout, G)
     scales, zeros = _parameters(rows, bits)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
@@ -221,33 +190,14 @@ def _write_codes(values: torch.Tensor, codes: torch.Tensor, size: Sequence[int],
     else:
         if len(size) == 2:
             values.flatten(1)[:, size[1] :] = 0
-        half = _half(values.shape[2])
+        half = half_group(values.shape[2])
         values = F.pad(values, (0, 2 * half - values.shape[2]))
         codes.copy_((values[..., :half] | values[..., half:] << 4).view(codes.shape))
 
 
-def dequantize_channels_ref(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: str, bits: int, size: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:  # fmt: skip
-    """What `dequantize_channels` computes, in torch."""
-    store = empty_store(codes, size, layout, dtype)
-    if not store.numel():
-        return store
-    if layout == "taps":
-        values = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        return store.copy_(values * scale.float()[:, None, None] + zero.float()[:, None, None])
-    G, T = _group_size(layout, size), math.prod(size[1:])
-    if bits == 4:
-        values = codes.view(*scale.shape, -1)
-        values = torch.cat([values & 15, values >> 4], dim=-1)[..., :G]
-    else:
-        values = F.pad(codes.flatten(1), (0, scale.shape[1] * G - T)).unflatten(1, (-1, G))
-    return store.copy_((values * scale.float()[..., None] + zero.float()[..., None]).flatten(1)[:, :T].reshape(size))
-
-
 def _empty_codes(x: torch.Tensor, size: Sequence[int], layout: str, bits: int) -> Quantized:
     """Unwritten codes, scale and zero for a plain store of shape `size`."""
-    half = _half(_group_size(layout, size))
+    half = half_group(group_size(layout, size))
     if layout == "taps":
         codes = x.new_empty(*size[:3], size[3] * bits // 8, dtype=torch.uint8)
         parameters = (size[0], size[3])
@@ -263,17 +213,7 @@ def _empty_codes(x: torch.Tensor, size: Sequence[int], layout: str, bits: int) -
             else x.new_empty(size[0], groups * half, dtype=torch.uint8)
         )
         parameters = (size[0], groups)
-    return codes, *(x.new_empty(parameters, dtype=torch.bfloat16) for _ in range(2))
-
-
-def _packing(layout: str, bits: int) -> int:
-    return _WHOLE if bits == 8 else _PAIRS if layout == "taps" else _HALVES
-
-
-def _units(row: int, most: int) -> tuple[int, int]:
-    """(row // unit, unit): the largest unit up to `most` that divides a row, as a constant that proves alignment."""
-    unit = math.gcd(row, most)
-    return row // unit, unit
+    return codes, x.new_empty(parameters, dtype=torch.bfloat16), x.new_empty(parameters, dtype=torch.bfloat16)
 
 
 @rule("quantize")
@@ -293,64 +233,28 @@ def _quantize(
     if not codes.numel():
         return codes, scale, zero
     rows = size[3] if layout == "taps" else K
-    T, G = math.prod(size) // rows, _group_size(layout, size)
+    T, G = math.prod(size) // rows, group_size(layout, size)
     groups = scale.shape[0 if layout == "taps" else 1]
     PQ, Q, sn, sp, sq, sc = source_strides(x, layout, stride)
-    row_units, unit = _units(_row_bytes(codes, layout), 16)
+    row_units, unit = units(row_stride(codes, layout), 16)
     config = select_config("quantize", {"T": T, "K": K, "bits": bits}, x.dtype, Arch.of(x.device))
     launch(_quantize_kernel, (groups, -(-rows // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K, rows,
-           groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=_half(G), PQ=PQ, Q=Q, UNIT=unit,
-           TOP=2**bits - 1, PACKING=_packing(layout, bits), PIXEL_MAJOR=layout == "taps")  # fmt: skip
+           groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=half_group(G), PQ=PQ, Q=Q, UNIT=unit,
+           TOP=2**bits - 1, PACKING=packing(layout, bits), PIXEL_MAJOR=layout == "taps")  # fmt: skip
     return codes, scale, zero
 
 
-def _row_bytes(codes: torch.Tensor, layout: str) -> int:
-    """Bytes from one channel (pixel, for "taps") to the next."""
-    return codes.shape[3] if layout == "taps" else codes.stride(0)
-
-
-def _dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: str, bits: int, size: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:  # fmt: skip
-    if not use_triton(codes):
-        return dequantize_channels_ref(codes, scale, zero, layout, bits, size, dtype)
-    out = empty_store(codes, size, layout, dtype)
-    if not out.numel():
-        return out
-    rows = size[3] if layout == "taps" else size[0]
-    T, G = out.numel() // rows, _group_size(layout, size)
-    (row_units, unit), (out_units, out_unit) = (_units(_row_bytes(t, layout), 16) for t in (codes, out))
-    config = select_config("quantize", {"T": T, "K": rows, "bits": 8}, dtype, Arch.of(codes.device))
-    grid = (-(-T // config.meta["BT"]), -(-rows // config.meta["BJ"]))
-    launch(_dequantize_kernel, grid, codes, scale, zero, out, T, rows, scale.shape[1], row_units, out_units,
-           config=config, G=G, HALF=_half(G), UNIT=unit, OUT_UNIT=out_unit, PACKING=_packing(layout, bits),
-           PIXEL_MAJOR=layout == "taps")  # fmt: skip
-    return out
-
-
-def _fake_quantize(
+def _fake(
     x: torch.Tensor, channels: torch.Tensor, layout: str, bits: int, stride: Sequence[int], seed: torch.Tensor | None
 ) -> Quantized:
     return _empty_codes(x, store_size(x, channels.numel(), layout, stride), layout, bits)
 
 
-def _fake_dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: str, bits: int, size: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:  # fmt: skip
-    return empty_store(codes, size, layout, dtype)
-
-
-_quantize_op = register_op(
+_op = register_op(
     "quantize_channels(Tensor x, Tensor channels, str layout, int bits, SymInt[] stride, Tensor? seed) "
     "-> (Tensor, Tensor, Tensor)",
     _quantize,
-    _fake_quantize,
-)
-_dequantize_op = register_op(
-    "dequantize_channels(Tensor codes, Tensor scale, Tensor zero, str layout, int bits, SymInt[] size, ScalarType dtype) "
-    "-> Tensor",
-    _dequantize,
-    _fake_dequantize,
+    _fake,
 )
 
 
@@ -366,25 +270,16 @@ def quantize_channels(
     check_store_arguments(x, layout, stride)
     if bits not in BITS:
         raise ValueError(f"bits of a quantised store: got {bits}, wanted 8 or 4")
-    codes, scale, zero = _quantize_op(x, channels, layout, bits, stride, seed)
+    codes, scale, zero = _op(x, channels, layout, bits, stride, seed)
     return codes, scale, zero
-
-
-def dequantize_channels(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: str, bits: int, size: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """The store that `store_channels` would have returned, up to the rounding; `size` is its shape."""
-    store: torch.Tensor = _dequantize_op(codes, scale, zero, layout, bits, size, dtype)
-    return store
 
 
 def quantized_bytes(layout: str, size: Sequence[int], bits: int) -> int:
     """Bytes of codes, scale and zero for a plain store of shape `size`."""
-    G = _group_size(layout, size)
+    G = group_size(layout, size)
     if layout == "taps":
         return math.prod(size) * bits // 8 + 4 * size[0] * size[3]
     if layout == "planes":
-        return size[0] * size[1] * ((G if bits == 8 else _half(G)) + 4)
+        return size[0] * size[1] * ((G if bits == 8 else half_group(G)) + 4)
     groups = -(-size[1] // GROUP)
-    return size[0] * ((padded(size[1], 16) if bits == 8 else groups * _half(G)) + 4 * groups)
+    return size[0] * ((padded(size[1], 16) if bits == 8 else groups * half_group(G)) + 4 * groups)

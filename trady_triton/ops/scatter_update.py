@@ -1,12 +1,13 @@
 """Fused optimizer step on the selected channels of many weights: one launch for all layers of one dtype.
 
-O outputs, C inputs, G groups, K selected channels, L layers, E = O/G * R * S elements a channel.
-Weight l is [O, C/G, *taps] (contiguous or channels_last), its gradient and states are compact: [K, O/G, *taps], contiguous.
-Weight decay reaches the selected channels only.   SGD and AdamW as in torch.optim; states and arithmetic are fp32 (fp64 for fp64).
+O outputs, C inputs, G groups, K selected channels, L layers, E = O/G * R * S elements a channel. Weight l is [O, C/G,
+*taps] (contiguous or channels_last), its gradient and states are compact: [K, O/G, *taps], contiguous. SGD and AdamW
+as in torch.optim; states and arithmetic are fp32 (fp64 for fp64). Weight decay reaches only what is selected.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 def sgd_hyper(lr: float, momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0) -> list[float]:
-    """A row of `hyper` for SGD; pass dampening 0 in the first step, as torch.optim starts the buffer with the gradient."""
+    """A row of `hyper` for SGD; pass dampening 0 in a first step: torch.optim starts its buffer with the gradient."""
     return [lr, momentum, dampening, weight_decay, 0.0, 1.0, 1.0]
 
 
@@ -55,7 +56,7 @@ def _scatter_update_kernel(
     COMPUTE: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     # weight_ptr, grad_ptr, state_ptr and ids_ptr only carry the element types; addresses come from the tables
-    if found_inf_ptr is not None:
+    if found_inf_ptr is not None:  # noqa: SIM102 - this is decided when compiling, the next when running
         if tl.load(found_inf_ptr) != 0.0:
             return
     layer = tl.load(blocks_ptr + tl.program_id(0).to(tl.int64) * 3)
@@ -112,7 +113,7 @@ def _tap_stride(weight: torch.Tensor) -> int:
     Raises: ValueError when the taps do not lie at one stride.
     """
     sizes = [(size, step) for size, step in zip(weight.shape[2:], weight.stride()[2:], strict=True) if size > 1]
-    if any(outer != size * inner for (_, outer), (size, inner) in zip(sizes, sizes[1:], strict=False)):
+    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(sizes)):
         raise ValueError(f"weight strides {weight.stride()}: wanted contiguous or channels_last taps")
     return sizes[-1][1] if sizes else 1
 
@@ -133,7 +134,7 @@ def update_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(layers [L, 12] int64, blocks [B, 3] int32) on the weights' device: addresses, geometry, and who updates what.
 
-    They stay valid until a weight, an index or a state moves, so build them once a resample; of `grads` only the shapes matter.
+    They stay valid until a weight, an index or a state moves: build them once a resample. Of `grads` the shapes matter.
     """
     groups = zip(*(tensors for tensors in (grads, momenta, variances) if tensors), strict=True)
     rows = [_layer_row(w, c, states) for w, c, states in zip(weights, channels, groups, strict=True)]
@@ -152,7 +153,9 @@ def _upload(rows: Sequence[object], dtype: torch.dtype, device: torch.device) ->
     return pinned.to(device, non_blocking=True)
 
 
-def _sgd_ref(w: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor | None, hyper: list[float], nesterov: bool) -> None:
+def _sgd_ref(
+    w: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor | None, hyper: list[float], nesterov: bool
+) -> None:
     lr, beta, dampening, decay = hyper[:4]
     if decay:
         grad = grad.add(w, alpha=decay)
@@ -180,8 +183,8 @@ def _stochastic_bf16_ref(w: torch.Tensor, seed: torch.Tensor, layer: int) -> tor
 
 
 def scatter_update_ref(
-    weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (), variances: Tensors = (),
-    algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
+    weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (),
+    variances: Tensors = (), algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
     seed: torch.Tensor | None = None, tables: Tensors = (),
 ) -> None:  # fmt: skip
     """What `scatter_update_` computes, layer by layer in torch."""
@@ -226,8 +229,8 @@ def _update(
     config = select_config("scatter_update", {"B": len(blocks)}, weights[0].dtype, Arch.of(device))
     carrier = weights[0].new_empty(1, dtype=compute)
     launch(
-        _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, hyper.to(device, non_blocking=True), found_inf,
-        seed, weights[0], grads[0], carrier, channels[0], config=config, ADAMW=algorithm == "adamw",
+        _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, hyper.to(device, non_blocking=True),
+        found_inf, seed, weights[0], grads[0], carrier, channels[0], config=config, ADAMW=algorithm == "adamw",
         MOMENTUM=bool(momenta), NESTEROV=nesterov, STOCHASTIC=seed is not None,
         COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
     )  # fmt: skip
@@ -247,13 +250,15 @@ _op = register_op(
 
 
 def scatter_update_(
-    weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (), variances: Tensors = (),
-    algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
+    weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (),
+    variances: Tensors = (), algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
     seed: torch.Tensor | None = None, tables: Tensors = (),
 ) -> None:  # fmt: skip
-    """Update the selected channels of every weight in place; `algorithm` is "sgd" (momentum when `momenta` are given) or "adamw".
+    """Update the selected channels of every weight in place.
 
-    All weights share a device and a dtype, so do the gradients.   hyper: [L, 7] float64, rows by `sgd_hyper` / `adamw_hyper`.
+    All weights share a device and a dtype, so do the gradients.
+    algorithm: "sgd" (with momentum when `momenta` are given) or "adamw".
+    hyper: [L, 7] float64, rows by `sgd_hyper` or `adamw_hyper`.
     found_inf: a flag of one element that, when not zero, turns the update into a no-op.
     seed: int64 of one element, a new one each step; rounds bf16 weights stochastically.
     tables: what `update_tables` returned for these tensors; built here when absent.
@@ -274,7 +279,9 @@ def _check(
     if algorithm == "adamw" and not (momenta and variances):
         raise ValueError("adamw: wanted momenta and variances, one of each a layer")
     if tuple(hyper.shape) != (len(weights), HYPER_COLUMNS) or hyper.dtype != torch.float64:
-        raise ValueError(f"hyper: got {tuple(hyper.shape)} {hyper.dtype}, wanted ({len(weights)}, {HYPER_COLUMNS}) float64")
+        raise ValueError(
+            f"hyper: got {tuple(hyper.shape)} {hyper.dtype}, wanted ({len(weights)}, {HYPER_COLUMNS}) float64"
+        )
     if seed is not None and weights[0].dtype != torch.bfloat16:
         raise ValueError(f"stochastic rounding: got {weights[0].dtype} weights, wanted bfloat16")
     _check_uniform("weights", weights, len(weights), weights[0].dtype)
@@ -304,5 +311,5 @@ def update_flops(num_elements: int, algorithm: str, momentum: bool = False) -> i
 
 
 def update_bytes(num_elements: int, weight_size: int, grad_size: int, num_states: int, state_size: int = 4) -> int:
-    """Bytes of one step: weights and states read and written, gradients read; sectors of strided weights not counted."""
+    """Bytes of one step: weights and states read and written, gradients read; sectors around weights not counted."""
     return num_elements * (2 * weight_size + grad_size + 2 * num_states * state_size)

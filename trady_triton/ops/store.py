@@ -1,6 +1,7 @@
 """Compact activation store: copy the selected input channels into the layout that the weight-gradient kernels read.
 
-N images, C channels, K selected channels, H x W pixels (P x Q kept by the stride), T tokens or kept pixels, Kp = K rounded up to 8.
+N images, C channels, K selected channels, H x W pixels (P x Q kept by the stride), T tokens or kept pixels,
+Kp = K rounded up to 8.
 
 | layout   | input x      | store                                                | read by                          |
 |----------|--------------|------------------------------------------------------|----------------------------------|
@@ -14,6 +15,7 @@ CM rows have a stride of T rounded up to 8, so that every row starts aligned; wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -36,7 +38,8 @@ def token_offset(t, sn, sp, sq, PQ: tl.constexpr, Q: tl.constexpr):
 @jit(do_not_specialize=["T", "K", "ROWS", "so"])
 def _store_kernel(
     x_ptr, channels_ptr, out_ptr, T, K, ROWS, so, sn, sp, sq, sc,
-    PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
+    PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, PIXEL_MAJOR: tl.constexpr,
+    BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     # out row stride is so * UNIT: with UNIT = 8 the compiler knows that rows are aligned though so is not specialised
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -81,7 +84,9 @@ def empty_store(like: torch.Tensor, size: Sequence[int], layout: str, dtype: tor
     return like.new_empty(size, dtype=dtype)
 
 
-def store_channels_ref(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int] = (1, 1)) -> torch.Tensor:
+def store_channels_ref(
+    x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequence[int] = (1, 1)
+) -> torch.Tensor:
     """What `store_channels` computes, in torch."""
     K = channels.numel()
     store = empty_store(x, store_size(x, K, layout, stride), layout, x.dtype)
@@ -99,7 +104,7 @@ def store_channels_ref(x: torch.Tensor, channels: torch.Tensor, layout: str, str
 
 
 def source_strides(x: torch.Tensor, layout: str, stride: Sequence[int]) -> tuple[int, int, int, int, int, int]:
-    """(PQ, Q, sn, sp, sq, sc) so that token t of channel c lies at t // PQ * sn + t % PQ // Q * sp + t % Q * sq + c * sc.
+    """(PQ, Q, sn, sp, sq, sc): token t of channel c lies at t // PQ * sn + t % PQ // Q * sp + t % PQ % Q * sq + c * sc.
 
     Sizes that lie behind one another in memory are merged, so that the kernel divides as little as it can.
     """
@@ -121,7 +126,7 @@ def viewable(x: torch.Tensor, layout: str) -> bool:
         return True
     sizes, strides = x.shape[:-1], x.stride()[:-1]
     rows = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    return all(outer == size * inner for (_, outer), (size, inner) in zip(rows, rows[1:], strict=False))
+    return all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(rows))
 
 
 @rule("store")
@@ -176,7 +181,9 @@ def check_store_arguments(x: torch.Tensor, layout: str, stride: Sequence[int]) -
     if layout != "tokens" and x.dim() != 4:
         raise ValueError(f"x for layout {layout!r}: got {x.dim()} dimensions, wanted [N, C, H, W]")
     if layout != "pixels" and tuple(stride) != (1, 1):
-        raise ValueError(f"stride for layout {layout!r}: got {tuple(stride)}, wanted (1, 1); only 'pixels' has a stride")
+        raise ValueError(
+            f"stride for layout {layout!r}: got {tuple(stride)}, wanted (1, 1); only 'pixels' has a stride"
+        )
 
 
 def store_bytes(layout: str, num_channels: int, num_tokens: int, itemsize: int) -> int:
