@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than, relative_error
 from trady_triton.ops import token_matmul
-from trady_triton.ops.quantize import dequantize_channels_ref, quantize_channels_ref
+from trady_triton.ops.dequantize import dequantize_channels_ref
+from trady_triton.ops.quantize import quantize_channels_ref
 from trady_triton.ops.token_wgrad import token_wgrad, token_wgrad_ref
 
 module = importlib.import_module("trady_triton.ops.token_wgrad")  # the package has a function of that name

@@ -4,8 +4,9 @@ from .act_pack import act_pack, act_unpack
 from .act_store import act_store
 from .bias_grad import bias_grad
 from .conv_wgrad import conv_wgrad
+from .dequantize import dequantize_channels
 from .grouped_wgrad import grouped_wgrad
-from .quantize import dequantize_channels, quantize_channels
+from .quantize import quantize_channels
 from .scatter_update import adamw_hyper, scatter_update_, sgd_hyper, update_tables
 from .splitk_reduce import splitk_reduce_
 from .store import store_channels

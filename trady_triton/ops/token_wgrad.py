@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from .dequantize import GROUP, dequantize_channels_ref
 from .dispatch import INTERPRET, backend, deterministic, jit, launch, tl, use_triton
 from .library import register_op
-from .quantize import GROUP, dequantize_channels_ref, quantized_bytes
+from .quantize import quantized_bytes
 from .select_config import MAX_WORKSPACE_BYTES, Arch, Config, Shape, next_power_of_2, rule, select_config
 from .splitk_reduce import splitk_reduce_launch
 from .tile import dot_precision, tile_dot
@@ -153,7 +154,8 @@ def token_wgrad_ref(
 def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     bits, planes = shape["bits"], shape["PQ"] > 1
     # wider tiles would need too many registers
-    BM = min(max(next_power_of_2(shape["K"]), 16), 128 if bits else 256)
+    most = 64 if bits == 4 and planes else 128 if bits else 256
+    BM = min(max(next_power_of_2(shape["K"]), 16), most)
     narrow = BM == 256 or (planes and (BM == 16 or bits == 4 or shape["PQ"] % 4 != 0))
     BN = min(max(next_power_of_2(shape["O"]), 32), 64 if narrow else 128)
     BK = GROUP if bits == 4 else 32 if dtype == torch.float32 else 64

@@ -65,7 +65,7 @@ class Case:
 def load_cases(only=""):
     """The cases of every cases_*.py whose name contains `only`."""
     cases = []
-    for path in sorted(HERE.glob(f"cases_*{only}*.py")):
+    for path in sorted(path for path in HERE.glob("cases_*.py") if only in path.stem):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
