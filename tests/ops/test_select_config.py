@@ -76,18 +76,23 @@ def test_many_channels_go_to_cublas_where_dy_is_one_matrix(K, PQ, backend):
     assert select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_90")).backend == backend
 
 
+def forget():
+    for cached in (module._tuned_table, module._select):
+        cached.cache_clear()
+
+
 def test_a_tuned_entry_wins_over_the_rule(tmp_path, monkeypatch):
     shape = {"T": 25000, "O": 768, "K": 40, "PQ": 1, "bits": 0}
     key = table_key("token_wgrad", {**shape, "K": 64, "T": 32768}, torch.bfloat16, Arch("sm_90"))
     table = tmp_path / "tuned.json"
     table.write_text(json.dumps({key: {"backend": "mm", "meta": {"BM": 64, "BN": 64, "BK": 64}}}))
     monkeypatch.setattr(module, "TABLE_FILE", table)
-    module._tuned_table.cache_clear()
+    forget()
     try:
         tuned = select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_90"))
         other = select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_80"))
     finally:
-        module._tuned_table.cache_clear()
+        forget()
     assert tuned == Config({"BM": 64, "BN": 64, "BK": 64}, backend="mm")
     assert other.backend == "triton"
 

@@ -98,14 +98,20 @@ def _tuned_table() -> dict[str, Config]:
     return {key: Config(**entry) for key, entry in json.loads(TABLE_FILE.read_text()).items()}
 
 
-def select_config(kernel: str, shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """The tuned entry for this shape if there is one, else what the kernel's rule says.
-
-    Raises: KeyError for a kernel without a rule.
-    """
+@functools.lru_cache(maxsize=4096)
+def _select(kernel: str, sizes: tuple[tuple[str, int], ...], dtype: torch.dtype, arch: Arch) -> Config:
+    shape = dict(sizes)
     tuned = _tuned_table()
     if tuned and (entry := tuned.get(table_key(kernel, shape, dtype, arch))):
         return entry
     if kernel not in RULES:
         raise KeyError(f"kernel {kernel!r} has no rule; there are {', '.join(sorted(RULES))}")
     return RULES[kernel](shape, dtype, arch)
+
+
+def select_config(kernel: str, shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
+    """The tuned entry for this shape if there is one, else what the kernel's rule says.
+
+    Raises: KeyError for a kernel without a rule.
+    """
+    return _select(kernel, tuple(shape.items()), dtype, arch)

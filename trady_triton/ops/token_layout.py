@@ -34,6 +34,9 @@ def _single_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | No
 def token_layout(x: torch.Tensor, channel_dim: int) -> TokenLayout | None:
     """The layout of x [..., O] (channel_dim -1) or [N, O, ...] (channel_dim 1); None where tokens lie irregularly."""
     if channel_dim == -1 or x.dim() == 2:
+        if x.is_contiguous():
+            O = x.shape[-1]
+            return TokenLayout(x.numel() // max(O, 1), O, 1, O, 0, 1)
         stride = _single_stride(x.shape[:-1], x.stride()[:-1])
         T = x.numel() // max(x.shape[-1], 1)
         return None if stride is None else TokenLayout(T, x.shape[-1], 1, stride, 0, x.stride(-1))
@@ -50,12 +53,13 @@ def token_layout(x: torch.Tensor, channel_dim: int) -> TokenLayout | None:
 
 def as_batches(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
     """A view (or, where tokens lie irregularly, a copy) of x as [batches, tokens, O], in token order."""
+    if channel_dim == -1 or x.dim() == 2:
+        return x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
     if token_layout(x, channel_dim) is None:
         x = x.contiguous()
-    if channel_dim == -1 or x.dim() == 2:
-        return x.reshape(1, -1, x.shape[-1])
     pixels = x.flatten(2).transpose(1, 2)
-    return pixels if pixels.stride(0) != pixels.shape[1] * pixels.stride(1) else pixels.reshape(1, -1, x.shape[1])
+    N, P, O = pixels.shape
+    return pixels.reshape(1, N * P, O) if pixels.stride(0) == P * pixels.stride(1) else pixels
 
 
 def in_same_batches(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,10 +18,10 @@ def token_matmul(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     Both may be views at any stride: nothing of the size of dy is copied.
     """
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    out = torch.zeros(x.shape[1], dy.shape[2], dtype=dtype, device=dy.device)
-    if out.numel() == 0 or x.numel() == 0:
-        return out
     size = _part_size(x, dy.shape[2], upcast=dy.dtype != dtype and not dy.is_cuda)
+    if size >= (x.shape[2] if x.shape[0] == 1 else x.shape[0]):
+        return _product(x, dy, dtype)
+    out = torch.zeros(x.shape[1], dy.shape[2], dtype=dtype, device=dy.device)
     for x_part, dy_part in _parts(x, dy, size):
         out += _product(x_part, dy_part, dtype)
     return out
@@ -31,8 +31,8 @@ def _part_size(x: torch.Tensor, O: int, upcast: bool) -> int:
     """How many tokens (one batch) or batches to multiply at once, so that temporaries stay within 8 MiB."""
     N, K, P = x.shape
     if N == 1:
-        return max(1, MAX_WORKSPACE_BYTES // (4 * (K + O))) if upcast else P
-    return max(1, MAX_WORKSPACE_BYTES // (4 * (K * O + (P * (K + O) if upcast else 0))))
+        return max(1, MAX_WORKSPACE_BYTES // (4 * max(1, K + O))) if upcast else P
+    return max(1, MAX_WORKSPACE_BYTES // (4 * max(1, K * O + (P * (K + O) if upcast else 0))))
 
 
 def _parts(x: torch.Tensor, dy: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -41,8 +41,7 @@ def _parts(x: torch.Tensor, dy: torch.Tensor, size: int) -> Iterator[tuple[torch
 
 
 def _product(x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if x.dtype == dtype:
-        return torch.bmm(x, dy).sum(0)
-    if x.is_cuda:
-        return torch.bmm(x, dy, out_dtype=dtype).sum(0)
-    return torch.bmm(x.to(dtype), dy.to(dtype)).sum(0)
+    if x.dtype != dtype and x.is_cuda:  # operands as they are, only the result is wide
+        return torch.bmm(x, dy, dtype).sum(0) if len(x) > 1 else torch.mm(x[0], dy[0], dtype)
+    x, dy = x.to(dtype), dy.to(dtype)
+    return torch.bmm(x, dy).sum(0) if len(x) > 1 else torch.mm(x[0], dy[0])

@@ -144,7 +144,7 @@ def token_wgrad_ref(
     if scale is not None and zero is not None:
         size = (store.shape[0], batches.shape[:2].numel())
         store = dequantize_channels_ref(store, scale, zero, "tokens", bits, size, dy.dtype)
-    x = store.unflatten(1, batches.shape[:2]).transpose(0, 1)
+    x = store.view(store.shape[0], *batches.shape[:2]).transpose(0, 1)
     out = token_matmul(x, batches)
     if ones_row:
         out = torch.cat([out, batches.sum((0, 1), dtype=out.dtype)[None]])
@@ -241,7 +241,7 @@ def _impl(
     store: torch.Tensor, dy: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, bits: int,
     channel_dim: int, out_dtype: torch.dtype, two_pass: bool, ones_row: bool,
 ) -> torch.Tensor:  # fmt: skip
-    M, layout = store.shape[0] + ones_row, token_layout(dy, channel_dim)
+    M, layout = store.shape[0] + int(ones_row), token_layout(dy, channel_dim)
     if M > 0 and dy.numel() > 0 and dy.dtype != torch.float64 and use_triton(dy):
         if layout is None:
             dy = dy.contiguous()
@@ -260,7 +260,7 @@ def _fake(
     store: torch.Tensor, dy: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, bits: int,
     channel_dim: int, out_dtype: torch.dtype, two_pass: bool, ones_row: bool,
 ) -> torch.Tensor:  # fmt: skip
-    return dy.new_empty(store.shape[0] + ones_row, dy.shape[channel_dim], dtype=out_dtype)
+    return dy.new_empty(store.shape[0] + int(ones_row), dy.shape[channel_dim], dtype=out_dtype)
 
 
 def token_wgrad_flops(
