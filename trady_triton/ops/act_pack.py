@@ -39,7 +39,7 @@ def derivative_code(
         return tl.minimum(tl.maximum(tl.floor(d * SCALE + (noise + ZERO)), 0.0), 255.0).to(tl.int32)
 
 
-@jit(do_not_specialize=["n", "low", "high"])
+@jit(do_not_specialize=["low", "high"])
 def _pack_kernel(
     x_ptr, y_ptr, code_ptr, seed_ptr, n, low, high,
     KIND: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
@@ -63,7 +63,7 @@ def _pack_kernel(
     tl.store(code_ptr + byte, code.to(tl.uint8), mask=byte * PER < n)
 
 
-@jit(do_not_specialize=["n", "slope"])
+@jit(do_not_specialize=["slope"])
 def _unpack_kernel(
     dy_ptr, code_ptr, dx_ptr, n, slope,
     BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, L0: tl.constexpr, L1: tl.constexpr, L2: tl.constexpr,

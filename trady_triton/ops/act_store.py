@@ -29,7 +29,7 @@ FUSED_LAYOUTS = ("tokens", "pixels", "taps")
 Fused = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@jit(do_not_specialize=["T", "row_units", "low", "high"])
+@jit(do_not_specialize=["row_units", "low", "high"])
 def _act_store_kernel(
     x_ptr, y_ptr, code_ptr, slots_ptr, store_ptr, seed_ptr, T, row_units, low, high,
     C: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,

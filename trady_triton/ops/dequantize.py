@@ -20,16 +20,17 @@ GROUP = 128
 _WHOLE, _HALVES, _PAIRS = 0, 1, 2  # how codes share a byte: not at all, tokens i and F + i, channels 2b and 2b + 1
 
 
-@jit(do_not_specialize=["T", "ROWS", "groups", "row_units", "out_units"])
+@jit(do_not_specialize=["K", "groups", "row_units", "out_units"])
 def _dequantize_kernel(
-    codes_ptr, scale_ptr, zero_ptr, out_ptr, T, ROWS, groups, row_units, out_units,
+    codes_ptr, scale_ptr, zero_ptr, out_ptr, T, K, groups, row_units, out_units,
     G: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PACKING: tl.constexpr,
     PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[None, :]
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)[:, None]
-    mask = (j < ROWS) & (t < T)
     row = row_units.to(tl.int64) * UNIT
+    out_row = out_units.to(tl.int64) * OUT_UNIT
+    mask = (j < (out_row if PIXEL_MAJOR else K)) & (t < T)
     g, i = t // G, t % G
     if PACKING == 1:
         code = tl.load(codes_ptr + j * row + g * HALF + i % HALF, mask=mask, other=0).to(tl.int32)
@@ -39,10 +40,9 @@ def _dequantize_kernel(
         code = (code >> (j % 2 * 4).to(tl.int32)) & 15
     else:
         code = tl.load(codes_ptr + (t * row + j if PIXEL_MAJOR else j * row + t), mask=mask, other=0).to(tl.int32)
-    where = g * ROWS + j if PIXEL_MAJOR else j * groups + g
+    where = g * out_row + j if PIXEL_MAJOR else j * groups + g
     scale = tl.load(scale_ptr + where, mask=mask, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + where, mask=mask, other=0.0).to(tl.float32)
-    out_row = out_units.to(tl.int64) * OUT_UNIT
     at = t * out_row + j if PIXEL_MAJOR else j * out_row + t
     tl.store(out_ptr + at, (code.to(tl.float32) * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
 

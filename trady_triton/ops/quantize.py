@@ -71,9 +71,9 @@ def _codes(x, mask, zero, inverse, seed_ptr, g, i0, j, TOP: tl.constexpr, BJ: tl
     return tl.where(mask, tl.minimum(tl.maximum(code, 0.0), TOP), 0.0).to(tl.int32)
 
 
-@jit(do_not_specialize=["T", "K", "ROWS", "groups", "row_units"])
+@jit(do_not_specialize=["K", "groups", "row_units"])
 def _quantize_kernel(
-    x_ptr, channels_ptr, codes_ptr, scale_ptr, zero_ptr, seed_ptr, T, K, ROWS, groups, row_units, sn, sp, sq, sc,
+    x_ptr, channels_ptr, codes_ptr, scale_ptr, zero_ptr, seed_ptr, T, K, groups, row_units, sn, sp, sq, sc,
     G: tl.constexpr, HALF: tl.constexpr, PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, TOP: tl.constexpr,
     PACKING: tl.constexpr, PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +81,10 @@ def _quantize_kernel(
     g = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
     row = row_units.to(tl.int64) * UNIT
+    if PIXEL_MAJOR:
+        rows = row * 2 if PACKING == 2 else row
+    else:
+        rows = K
     base = tl.load(channels_ptr + j, mask=j < K, other=0).to(tl.int64) * sc
     low = tl.full([BJ], float("inf"), tl.float32)
     high = tl.full([BJ], float("-inf"), tl.float32)
@@ -98,9 +102,9 @@ def _quantize_kernel(
     scale = ((step + 65535) & -65536).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 1e-30, scale, 0.0)
     inverse = tl.where(scale > 0.0, tl.div_rn(1.0, tl.where(scale > 0.0, scale, 1.0)), 0.0)
-    where = g * ROWS + j if PIXEL_MAJOR else j * groups + g
-    tl.store(scale_ptr + where, scale.to(tl.bfloat16), mask=j < ROWS)
-    tl.store(zero_ptr + where, zero.to(tl.bfloat16), mask=j < ROWS)
+    where = g * rows + j if PIXEL_MAJOR else j * groups + g
+    tl.store(scale_ptr + where, scale.to(tl.bfloat16), mask=j < rows)
+    tl.store(zero_ptr + where, zero.to(tl.bfloat16), mask=j < rows)
 
     if PACKING == 1:
         for i0 in range(0, HALF, BT):
@@ -110,7 +114,7 @@ def _quantize_kernel(
             x, mask = _load(x_ptr, base, g, HALF + i, K, j, T, sn, sp, sq, G, PQ, Q)
             code += _codes(x, mask, zero, inverse, seed_ptr, g, HALF + i0, j, TOP, BJ, BT) << 4
             at = j[:, None] * row + g * HALF + i[None, :]
-            tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < ROWS)[:, None] & (i < HALF)[None, :])
+            tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < rows)[:, None] & (i < HALF)[None, :])
     else:
         for i0 in range(0, G, BT):
             i = i0 + tl.arange(0, BT)
@@ -122,10 +126,10 @@ def _quantize_kernel(
                 code = tl.sum(tl.reshape(code, [BJ // 2, 2, BT]) << (tl.arange(0, 2) * 4)[None, :, None], axis=1)
                 b = tl.program_id(1).to(tl.int64) * (BJ // 2) + tl.arange(0, BJ // 2)
                 at = t[None, :] * row + b[:, None]
-                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(b < ROWS // 2)[:, None] & inside[None, :])
+                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(b < row)[:, None] & inside[None, :])
             else:
                 at = t[None, :] * row + j[:, None] if PIXEL_MAJOR else j[:, None] * row + t[None, :]
-                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < ROWS)[:, None] & inside[None, :])
+                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < rows)[:, None] & inside[None, :])
 
 
 def _rows(store: torch.Tensor, layout: str, G: int) -> torch.Tensor:
@@ -238,7 +242,7 @@ def _quantize(
     PQ, Q, sn, sp, sq, sc = source_strides(x, layout, stride)
     row_units, unit = units(row_stride(codes, layout), 16)
     config = select_config("quantize", {"T": T, "K": K, "bits": bits}, x.dtype, Arch.of(x.device))
-    launch(_quantize_kernel, (groups, -(-rows // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K, rows,
+    launch(_quantize_kernel, (groups, -(-rows // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K,
            groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=half_group(G), PQ=PQ, Q=Q, UNIT=unit,
            TOP=2**bits - 1, PACKING=packing(layout, bits), PIXEL_MAJOR=layout == "taps")  # fmt: skip
     return codes, scale, zero

@@ -31,29 +31,34 @@ LAYOUTS = ("tokens", "pixels", "taps", "planes")
 @jit
 def token_offset(t, sn, sp, sq, PQ: tl.constexpr, Q: tl.constexpr):
     """Where token t lies in x; the strides are those of `source_strides`."""
-    pixel = t % PQ
-    return t // PQ * sn + pixel // Q * sp + pixel % Q * sq
+    if PQ == 1:
+        return t * sn
+    elif Q == PQ:
+        return t // PQ * sn + t % PQ * sq
+    else:
+        pixel = t % PQ
+        return t // PQ * sn + pixel // Q * sp + pixel % Q * sq
 
 
-@jit(do_not_specialize=["T", "K", "ROWS", "so"])
+@jit(do_not_specialize=["K", "so"])
 def _store_kernel(
-    x_ptr, channels_ptr, out_ptr, T, K, ROWS, so, sn, sp, sq, sc,
+    x_ptr, channels_ptr, out_ptr, T, K, so, sn, sp, sq, sc,
     PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, PIXEL_MAJOR: tl.constexpr,
     BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    # out row stride is so * UNIT: with UNIT = 8 the compiler knows that rows are aligned though so is not specialised
+    # out has a row stride of so * UNIT: with UNIT = 8 the compiler knows that rows are aligned though so may change.
+    # T is specialised: without T % 16 == 0 the mask breaks every access into single elements
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
     channel = tl.load(channels_ptr + j, mask=j < K, other=0).to(tl.int64)
     token = token_offset(t, sn, sp, sq, PQ, Q)
     keep = (j < K)[:, None] & (t < T)[None, :]
     x = tl.load(x_ptr + channel[:, None] * sc + token[None, :], mask=keep, other=0.0)  # [BJ, BT]
-    # rows K..ROWS-1 get the zeros that the masked load returns
-    inside = (j < ROWS)[:, None] & (t < T)[None, :]
-    if PIXEL_MAJOR:
+    if PIXEL_MAJOR:  # channels K and up get the zeros that the masked load returns
+        inside = (j < so * UNIT)[:, None] & (t < T)[None, :]
         tl.store(out_ptr + t[None, :] * (so * UNIT) + j[:, None], x, mask=inside)
     else:
-        tl.store(out_ptr + j[:, None] * (so * UNIT) + t[None, :], x, mask=inside)
+        tl.store(out_ptr + j[:, None] * (so * UNIT) + t[None, :], x, mask=keep)
 
 
 def padded(size: int, multiple: int = 8) -> int:
@@ -149,7 +154,7 @@ def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequenc
     unit = 8 if row % 8 == 0 else 1
     config = select_config("store", {"T": tokens, "K": K}, x.dtype, Arch.of(x.device))
     grid = (-(-tokens // config.meta["BT"]), -(-rows // config.meta["BJ"]))
-    launch(_store_kernel, grid, x, channels, out, tokens, K, rows, row // unit, sn, sp, sq, sc,
+    launch(_store_kernel, grid, x, channels, out, tokens, K, row // unit, sn, sp, sq, sc,
            config=config, PQ=PQ, Q=Q, UNIT=unit, PIXEL_MAJOR=layout == "taps")  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ def config_of(kernel):
 
 
 def case(name, kernel, signature, constexprs, config, ci=False):
-    pointers = tuple(argument for argument in signature if argument.endswith("_ptr"))
+    pointers = tuple(argument for argument in signature if argument.endswith("_ptr") or argument in ("n", "T"))
     aligned, options = pointers, {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Case(name, kernel, signature, {**constexprs, **config.meta}, aligned=aligned, ci=ci, **options)
 

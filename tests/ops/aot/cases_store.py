@@ -13,7 +13,7 @@ SOURCES = {  # name: (PQ, Q, strides that are constant 1, strides divisible by 1
     "nchw56": (3136, 3136, ("sq",), ("sn", "sp", "sc")),
     "nchw7": (49, 49, ("sq",), ()),
 }
-RUN_TIME = {"T": "i32", "K": "i32", "ROWS": "i32"}
+RUN_TIME = {"T": "i32", "K": "i32"}
 
 
 def source(name):
@@ -31,7 +31,7 @@ def copy(name, pixel_major):
         _store_kernel,
         {"x_ptr": "*bf16", "channels_ptr": "*i32", "out_ptr": "*bf16", **RUN_TIME, "so": "i32", **strides},
         {**constants, "UNIT": 8, "PIXEL_MAJOR": pixel_major, **config.meta},
-        aligned=("x_ptr", "channels_ptr", "out_ptr", *aligned),
+        aligned=("x_ptr", "channels_ptr", "out_ptr", "T", *aligned),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         ci=name == "nchw56" and not pixel_major,
@@ -58,7 +58,7 @@ def quantize(name, bits, layout, stochastic):
         _quantize_kernel,
         signature,
         {**constants, "PACKING": packing, "PIXEL_MAJOR": layout == "pixel", **config.meta},
-        aligned=tuple(name for name in signature if name.endswith("_ptr")) + aligned,
+        aligned=(*tuple(name for name in signature if name.endswith("_ptr")), "T", *aligned),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         ci=stochastic and name == "tokens" and bits == 4,
@@ -73,9 +73,9 @@ def dequantize(bits, layout, G):
     return Case(
         f"dequantize {layout}-major int{bits} groups of {G}",
         _dequantize_kernel,
-        {**pointers, **dict.fromkeys(("T", "ROWS", "groups", "row_units", "out_units"), "i32")},
+        {**pointers, **dict.fromkeys(("T", "K", "groups", "row_units", "out_units"), "i32")},
         {**constants, "PACKING": packing, "PIXEL_MAJOR": layout == "pixel", **config.meta},
-        aligned=tuple(pointers),
+        aligned=(*pointers, "T"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
