@@ -1,0 +1,57 @@
+"""Op tests run kernels in triton's interpreter on the CPU; `TRITON_INTERPRET=0 pytest -m gpu` runs on a device.
+
+The variable must be set before triton is imported for the first time.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+from trady_triton.ops import dispatch
+
+torch.set_num_threads(1)
+
+
+def _teach_old_interpreter_run_time_bounds() -> None:
+    """Triton 3.6 calls int() on a 1-d array for `range(tensor)`, which numpy >= 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if dispatch.INTERPRET:
+    _teach_old_interpreter_run_time_bounds()
+
+
+def pytest_collection_modifyitems(items):
+    on_device = torch.cuda.is_available() and not dispatch.INTERPRET
+    skip_gpu = pytest.mark.skip(reason="needs a GPU and TRITON_INTERPRET=0")
+    skip_cpu = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 from the first import of triton on")
+    for item in items:
+        if "gpu" in item.keywords and not on_device:
+            item.add_marker(skip_gpu)
+        elif "tests/ops" in item.path.as_posix() and "gpu" not in item.keywords and not dispatch.INTERPRET:
+            item.add_marker(skip_cpu)
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    """Forces the kernels; a test that wants another backend sets TRADY_TRITON_BACKEND itself."""
+    monkeypatch.setenv("TRADY_TRITON_BACKEND", "triton")
+
+
+@pytest.fixture
+def generator():
+    """A generator with a fresh seed, printed so that a failure can be repeated."""
+    seed = int(os.environ.get("TRADY_TEST_SEED", torch.randint(2**31, ()).item()))
+    print(f"TRADY_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)

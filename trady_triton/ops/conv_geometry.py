@@ -1,0 +1,85 @@
+"""What the weight gradients of all convolutions share on the host: strides of dy, padding of the torch twin, splits.
+
+N images, O out, H x W input pixels, P x Q output pixels, R x S taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .select_config import MAX_WORKSPACE_BYTES, Arch
+from .token_layout import token_layout
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def in_place(dy: torch.Tensor) -> torch.Tensor:
+    """dy itself where its pixels lie at one stride (contiguous, channels_last, expanded), else a contiguous copy."""
+    return dy if token_layout(dy, 1) else dy.contiguous()
+
+
+def image_strides(dy: torch.Tensor) -> tuple[int, int, int]:
+    """(image, pixel, channel) strides of what `in_place` returned; the pixels of an image are numbered p Q + q."""
+    layout = token_layout(dy, 1)
+    assert layout is not None
+    if layout.PQ > 1:
+        return layout.image, layout.pixel, layout.channel
+    return dy.shape[2] * dy.shape[3] * layout.image, layout.image, layout.channel
+
+
+def fits_kernel(x: torch.Tensor, dy: torch.Tensor) -> bool:
+    """Whether the kernels can compute on these: not empty, no float64, offsets that fit 32 bits."""
+    spans = (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in (x, dy))
+    return x.numel() > 0 and dy.numel() > 0 and dy.dtype != torch.float64 and max(spans) < 2**31
+
+
+def check_pair(x: torch.Tensor, images: int, dy: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where the store of `images` images is not of `dtype` or does not belong to dy [N, O, P, Q]."""
+    if x.dim() != 4 or dy.dim() != 4 or images != dy.shape[0]:
+        raise ValueError(f"x: got a store {tuple(x.shape)}, wanted 4 axes with the images of dy {tuple(dy.shape)}")
+    if x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"x: got {x.dtype} with strides {x.stride()}, wanted contiguous {dtype}")
+
+
+def fit_padding(
+    x: torch.Tensor,
+    out_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[torch.Tensor, Sequence[int]]:
+    """x [N, C, H, W] and a symmetric padding for torch that give out_size; pads x itself where none does.
+
+    `padding` is top and left; what bottom and right need follows from out_size (timm's Conv2dSame pads them more).
+    """
+    reach = [(o - 1) * s + (r - 1) * d + 1 for o, s, r, d in zip(out_size, stride, kernel_size, dilation, strict=True)]
+    slack = [size + 2 * p - need for size, p, need in zip(x.shape[2:], padding, reach, strict=True)]
+    if all(0 <= left < s for left, s in zip(slack, stride, strict=True)):
+        return x, padding
+    bottom, right = (need - p - size for need, p, size in zip(reach, padding, x.shape[2:], strict=True))
+    return torch.nn.functional.pad(x, (padding[1], right, padding[0], bottom)), (0, 0)
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32 where torch would accumulate in less: half precision on the CPU."""
+    return x.float() if x.dtype.itemsize < 4 and not x.is_cuda else x
+
+
+def split_count(programs: int, steps: int, partial_bytes: int, dy_bytes: int, waves: int, arch: Arch) -> int:
+    """How many parts to cut the sum over pixels into: fill the device `waves` times for little more traffic.
+
+    At least 4 steps a part; partials fit the workspace, and written and read again cost at most half the bytes of dy.
+    """
+    most = (
+        waves * arch.num_sms // programs,
+        steps // 4,
+        MAX_WORKSPACE_BYTES // partial_bytes,
+        dy_bytes // (4 * partial_bytes),
+    )
+    return max(1, min(most))

@@ -1,0 +1,136 @@
+"""The kernel of `grouped_wgrad` for few outputs a group (depthwise: one), as a matrix product summed along diagonals.
+
+N images, K selected channels, M outputs of a group, H x W input pixels, P x Q output pixels, R x S taps; store
+[K, N, H, W] (layout CN, plain or 8-bit codes), dy [N, O, P, Q].
+
+For one filter row r, G[q, w] = sum over (n, p) of dy[n, p, q] x[n, p STRIDE_H + r DILATION_H - TOP, w] is a product on
+the matrix units, and dW[r, s] is the sum of G along the diagonal w = q STRIDE_W + s DILATION_W - LEFT. Where a plain
+reduction reads x once for each tap, from shifted and so unaligned addresses, this reads it once for each filter row and
+only in aligned pieces. Several rows r lie side by side in the columns of one two-dimensional dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .conv_geometry import ceil_div, image_strides, split_count
+from .dispatch import INTERPRET, jit, launch, tl
+from .select_config import Arch, Config, Shape, next_power_of_2, rule
+from .tile import dot_precision, tile_dot
+
+MAX_COLUMNS = 256
+
+
+@jit
+def dequantize_tile(codes, keep, scale, zero):
+    """code * scale + zero in fp32, and zero outside the image: the zero point is not 0."""
+    return tl.where(keep, codes.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32), 0.0)
+
+
+@jit(do_not_specialize=["N", "ROWS", "steps"])
+def _depthwise_wgrad_kernel(
+    x_ptr, scale_ptr, zero_ptr, channels_ptr, dy_ptr, out_ptr, N, ROWS, C_GROUP, M, image, pixel, steps,
+    H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNEL: tl.constexpr,
+    RB: tl.constexpr, BQ: tl.constexpr, BW: tl.constexpr, BACK: tl.constexpr, BK: tl.constexpr,
+    PREC: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    # out [splits, ROWS, R, S], ROWS = K * M; BQ columns of dy meet the BW columns of x from q STRIDE_W - BACK on
+    Q_TILES: tl.constexpr = (Q + BQ - 1) // BQ
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    j = row // M
+    plane = tl.load(channels_ptr + j).to(tl.int64) // C_GROUP * M + row % M
+    x_ptr += j * N * H * W
+    dy_ptr += plane * CHANNEL
+    T = N * P * Q_TILES
+    q0 = tl.arange(0, BQ)
+    column = tl.arange(0, RB * BW)
+    r = tl.program_id(1) * RB + column // BW
+    w0 = column % BW
+    acc = tl.zeros([BQ, RB * BW], tl.float32)
+    for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(T, BK))):
+        t = step * BK + tl.arange(0, BK)
+        n = t // (P * Q_TILES)
+        p = t // Q_TILES % P
+        q = q0[:, None] + (t % Q_TILES * BQ)[None, :]
+        keep = (t < T)[None, :] & (q < Q)
+        dy = tl.load(dy_ptr + (n * image)[None, :] + ((p * Q)[None, :] + q) * pixel, mask=keep, other=0.0)  # [BQ, BK]
+        h = (p * STRIDE_H - TOP)[:, None] + (r * DILATION_H)[None, :]
+        w = (t % Q_TILES * (BQ * STRIDE_W) - BACK)[:, None] + w0[None, :]
+        keep = (t < T)[:, None] & (r < R)[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        x = tl.load(x_ptr + ((n * H)[:, None] + h) * W + w, mask=keep, other=0)  # [BK, RB * BW]
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + j * N + n, mask=t < T, other=0.0)[:, None]
+            zero = tl.load(zero_ptr + j * N + n, mask=t < T, other=0.0)[:, None]
+            x = dequantize_tile(x, keep, scale, zero).to(dy.dtype)
+        acc = tile_dot(dy, x, acc, PREC, UP)
+    r = tl.program_id(1) * RB + tl.arange(0, RB)
+    out_ptr += (split.to(tl.int64) * ROWS + row) * (R * S)
+    for s in tl.static_range(S):
+        on_diagonal = w0[None, :] == (q0 * STRIDE_W + (s * DILATION_W - LEFT + BACK))[:, None]
+        columns = tl.sum(tl.where(on_diagonal, acc, 0.0), axis=0)
+        total = tl.sum(tl.reshape(columns, [RB, BW]), axis=1)
+        tl.store(out_ptr + r * S + s, total.to(out_ptr.dtype.element_ty), mask=r < R)
+
+
+def _columns(shape: Shape, BQ: int) -> tuple[int, int]:
+    """(BW, BACK): how many columns of x a tile of BQ columns of dy needs, and how far left of it they start.
+
+    BACK is a multiple of 8, so that a tile starts where 16-byte loads are aligned.
+    """
+    reach = (min(BQ, shape["Q"]) - 1) * shape["STRIDE_W"] + (shape["S"] - 1) * shape["DILATION_W"] + 1
+    if shape["Q"] <= BQ:
+        return max(16, next_power_of_2(max(1, min(shape["W"], reach - shape["LEFT"])))), 0
+    back = ceil_div(shape["LEFT"], 8) * 8
+    return max(16, next_power_of_2(reach + back - shape["LEFT"])), back
+
+
+@rule("depthwise_wgrad")
+def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
+    """As many filter rows a program as 256 columns hold (64 in fp32): each reads dy once. "taps" if one is too wide."""
+    BQ, BK = 16 if shape["Q"] <= 16 else 32, 32
+    BW, back = _columns(shape, BQ)
+    if BW > MAX_COLUMNS:
+        return Config(backend="taps")
+    RB = max(1, min(next_power_of_2(shape["R"]), (64 if dtype == torch.float32 else MAX_COLUMNS) // BW))
+    programs = shape["ROWS"] * ceil_div(shape["R"], RB)
+    steps = ceil_div(shape["N"] * shape["P"] * ceil_div(shape["Q"], BQ), BK)
+    dy_bytes = dtype.itemsize * shape["ROWS"] * shape["N"] * shape["P"] * shape["Q"]
+    split = split_count(programs, steps, 4 * shape["ROWS"] * shape["R"] * shape["S"], dy_bytes, 4, arch)
+    meta = {"RB": RB, "BQ": BQ, "BW": BW, "BACK": back, "BK": BK}
+    return Config(meta, num_warps=4, num_stages=2 if arch.hip else 3, split=split)
+
+
+def depthwise_shape(
+    x: torch.Tensor, dy: torch.Tensor, M: int, kernel_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> dict[str, int]:  # fmt: skip
+    """The sizes that the rule asks for."""
+    return {
+        "ROWS": x.shape[0] * M, "N": x.shape[1], "W": x.shape[3], "P": dy.shape[2], "Q": dy.shape[3],
+        "R": kernel_size[0], "S": kernel_size[1], "STRIDE_W": stride[1], "LEFT": padding[1], "DILATION_W": dilation[1],
+    }  # fmt: skip
+
+
+def depthwise_wgrad_launch(
+    x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None,
+    out: torch.Tensor, config: Config, group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> None:  # fmt: skip
+    """Fill out [splits, K, M, R, S]; group = (input, output) channels of a group."""
+    (K, N, H, W), (P, Q) = x.shape, dy.shape[2:]
+    image, pixel, channel = image_strides(dy)
+    steps = ceil_div(N * P * ceil_div(Q, config.meta["BQ"]), config.meta["BK"])
+    rows = K * group[1]
+    launch(
+        _depthwise_wgrad_kernel, (rows, ceil_div(kernel_size[0], config.meta["RB"]), config.split),
+        x, scale, zero, channels, dy, out, N, rows, *group, image, pixel, ceil_div(steps, config.split),
+        config=config, H=H, W=W, P=P, Q=Q, R=kernel_size[0], S=kernel_size[1],
+        STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
+        DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel,
+        PREC=dot_precision(dy.dtype), UP=INTERPRET,
+    )  # fmt: skip

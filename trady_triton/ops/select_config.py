@@ -1,0 +1,117 @@
+"""Tile sizes, warps, stages and splits for every kernel, in plain Python: the same answer on every run and machine.
+
+    @rule("conv_wgrad")                                     # in the op's own file; one rule a kernel
+    def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config: ...
+
+    config = select_config("conv_wgrad", {"T": T, "O": O, "K": K}, x.dtype, Arch.of(x.device))
+    launch(kernel, grid, ..., config=config)
+
+A tuned table (JSON: key of `table_key` -> fields of Config) may override a rule and may name backend "mm", which
+asks for cuBLAS on the compact store.   `shape` maps the op's shape letters to sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+Shape = Mapping[str, int]
+
+MAX_ACCUMULATORS_PER_THREAD = 128
+MAX_WORKSPACE_BYTES = 8 << 20
+MAX_PROGRAMS = 2**31 - 1
+NUM_SMS = {"A100": 108, "H100": 132, "H200": 132, "H800": 132, "B200": 148, "A10": 72, "L4": 58, "MI300X": 304}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a launch needs beside its arguments; `backend` is "triton" or "mm" (cuBLAS on the compact store)."""
+
+    meta: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 4
+    split: int = 1
+    backend: str = "triton"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the rules may know of a device: `name` is sm_80, sm_90, sm_100, ..., gfx942 or cpu."""
+
+    name: str
+    num_sms: int = 132
+
+    @property
+    def hip(self) -> bool:
+        """Whether the device is an AMD one."""
+        return self.name.startswith("gfx")
+
+    @staticmethod
+    def of(device: torch.device) -> Arch:
+        """The architecture of a device; the CPU (interpreter) counts as an H100 so that it runs the same tiles."""
+        return _cuda_arch(device.index or 0) if device.type == "cuda" else Arch("cpu")
+
+
+@functools.cache
+def _cuda_arch(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    named = (sms for key, sms in NUM_SMS.items() if key in properties.name)
+    return Arch(name, next(named, properties.multi_processor_count))
+
+
+Rule = Callable[[Shape, torch.dtype, Arch], Config]
+RULES: dict[str, Rule] = {}
+TABLE_FILE = Path(__file__).with_name("tuned.json")
+
+
+def rule(kernel: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule for `kernel`."""
+
+    def register(function: Rule) -> Rule:
+        RULES[kernel] = function
+        return function
+
+    return register
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def table_key(kernel: str, shape: Shape, dtype: torch.dtype, arch: Arch) -> str:
+    """The key of the tuned table: every size rounded up to a power of two, so that a new K seldom is a new entry."""
+    sizes = ",".join(f"{name}={next_power_of_2(size)}" for name, size in sorted(shape.items()))
+    return f"{kernel}|{sizes}|{str(dtype).removeprefix('torch.')}|{arch.name}"
+
+
+@functools.cache
+def _tuned_table() -> dict[str, Config]:
+    if not TABLE_FILE.exists():
+        return {}
+    return {key: Config(**entry) for key, entry in json.loads(TABLE_FILE.read_text()).items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(kernel: str, sizes: tuple[tuple[str, int], ...], dtype: torch.dtype, arch: Arch) -> Config:
+    shape = dict(sizes)
+    tuned = _tuned_table()
+    if tuned and (entry := tuned.get(table_key(kernel, shape, dtype, arch))):
+        return entry
+    if kernel not in RULES:
+        raise KeyError(f"kernel {kernel!r} has no rule; there are {', '.join(sorted(RULES))}")
+    return RULES[kernel](shape, dtype, arch)
+
+
+def select_config(kernel: str, shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
+    """The tuned entry for this shape if there is one, else what the kernel's rule says.
+
+    Raises: KeyError for a kernel without a rule.
+    """
+    return _select(kernel, tuple(shape.items()), dtype, arch)

@@ -1,0 +1,22 @@
+"""Helpers that run inside kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from .dispatch import jit, tl
+
+
+@jit
+def tile_dot(a, b, acc, PREC: tl.constexpr, UP: tl.constexpr):
+    """acc + a @ b; UP (dispatch.INTERPRET) upcasts both operands, because the interpreter multiplies raw bf16 bits."""
+    if UP:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PREC)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """The PREC of a dot over `dtype` operands: fp32 follows torch.get_float32_matmul_precision(), others are exact."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
