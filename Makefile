@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test lint clean
 
+# Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
-	$(BIN)/trady demo
+	OMP_WAIT_POLICY=passive $(BIN)/trady demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -51,7 +51,5 @@ def triton_backend(monkeypatch):
 
 @pytest.fixture
 def generator():
-    """A generator with a fresh seed, printed so that a failure can be repeated."""
-    seed = int(os.environ.get("TRADY_TEST_SEED", torch.randint(2**31, ()).item()))
-    print(f"TRADY_TEST_SEED={seed}")
-    return torch.Generator().manual_seed(seed)
+    """A generator with the seed of TRADY_TEST_SEED: another seed is another draw of all data."""
+    return torch.Generator().manual_seed(int(os.environ.get("TRADY_TEST_SEED", "0")))

@@ -1,13 +1,13 @@
 """How op tests compare: the error-ratio rule, and an arena that surrounds every tensor with poison.
 
-    from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than
+from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than
 
-    with GuardedArena() as arena:           # torch.empty inside ops returns NaN-filled memory between NaN margins
-        x, dy = arena.place(x), arena.place(dy)      # copies with the same strides between margins
-        out = op(x, dy)
-    # leaving the block asserts that every margin is intact
-    assert_finite(out)
-    assert_no_worse_than(out, low=twin(x, dy), ref64=twin(x.double(), dy.double()))
+with GuardedArena() as arena:           # torch.empty inside ops returns NaN-filled memory between NaN margins
+    x, dy = arena.place(x), arena.place(dy)      # copies with the same strides between margins
+    out = op(x, dy)
+# leaving the block asserts that every margin is intact
+assert_finite(out)
+assert_no_worse_than(out, low=twin(x, dy), ref64=twin(x.double(), dy.double()))
 """
 
 import torch

@@ -238,11 +238,13 @@ def finetune(
 
 @app.command()
 @reported
-def demo() -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plots and the numbers.")] = Path("demo-output"),
+) -> None:
     """Fine-tune a pretrained EfficientNet-Lite0 on handwritten digits: everything, the head, TraDy at two budgets."""
     from trady_triton.app.demo import run
 
-    run()
+    run(out)
 
 
 def prepare(
