@@ -30,9 +30,11 @@ class Policy:
     recompute: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.recompute, str):
+            raise ValueError(f"recompute {self.recompute!r}: wanted a sequence of module names")
         object.__setattr__(self, "recompute", tuple(self.recompute))
         for name, choices in (("batch_norm", BATCH_NORM), ("activations", ACTIVATIONS), ("attention", ATTENTION)):
-            if (value := getattr(self, name)) not in choices:
+            if (value := getattr(self, name)) not in choices or isinstance(value, bool):
                 raise ValueError(f"{name} {value!r}: wanted one of {', '.join(map(repr, choices))}")
 
     @property

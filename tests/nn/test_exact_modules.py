@@ -164,3 +164,17 @@ def test_ties_of_the_maximum_go_where_torch_sends_them():
     x = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
     pool = nn.MaxPool2d(3, 2, 1)
     assert torch.equal(forward_backward(lean_twin(pool), x)[1], forward_backward(pool, x)[1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_draws_as_torch_does_and_keeps_a_bit(layout):
+    plain, x = nn.Dropout(0.3).train(), sample(memory_format=layout)
+    lean = lean_twin(plain)
+    results = []
+    for module in (lean, plain):
+        torch.manual_seed(5)
+        results.append(forward_backward(module, x))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-10, atol=1e-12)
+    start = sample().requires_grad_() * 1
+    assert kept_bytes(lambda: lean(start), lean)[1] == BIT

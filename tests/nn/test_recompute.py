@@ -14,7 +14,7 @@ from nets import fake_net, plan_at, random_net
 from test_exact_nets import assert_same
 from torch import Tensor, nn
 
-from trady_triton import apply_plan, remove_plan
+from trady_triton import TraDyOptimizer, apply_plan, remove_plan
 from trady_triton.nn.choose import blocks, choose_recompute
 from trady_triton.nn.recompute import recomputed
 from trady_triton.policy import Policy
@@ -154,3 +154,23 @@ def recomputed_copy(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module)
     twin.__class__ = recomputed(type(module))
     return twin
+
+
+def test_two_epochs_under_recomputation_train_as_without():
+    x, steps = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
+    for units in ((), None):
+        model = random_net("efficientnet_b0")
+        plan = plan_at(model, x, (0.1, 0.5))
+        chosen = Policy(recompute=blocks(model) if units is None else units)
+        plan = replace(plan, budget=20 * max(plan.cost.channel_cost(plan.shapes[n]) for n in plan.pool), policy=chosen)
+        apply_plan(model, plan)
+        optimizer = TraDyOptimizer(model.parameters(), plan, lr=0.01)
+        for epoch in range(2):
+            optimizer.resample(epoch)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+        steps.append([model.get_submodule(name).weight.detach() for name in plan.pool])
+    for lean, recomputed_ in zip(*steps, strict=True):
+        assert_same(recomputed_, lean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from trady_triton.functional import lean_linear
@@ -15,4 +16,14 @@ class LeanLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., C] -> [..., O]."""
+        if self._is_lean_already(input):
+            return super().forward(input)
         return lean_linear(input, self.weight, self.bias, self.slot)
+
+    def _is_lean_already(self, x: Tensor) -> bool:
+        """Whether torch keeps no more than the weight itself: it is frozen, not drawn from, and not cast.
+
+        Then a recomputed block can stop before its last product, as it cannot before a custom Function.
+        """
+        drawn = self.slot is not None and self.slot.channels.numel() > 0
+        return not drawn and not self.weight.requires_grad and not torch.is_autocast_enabled(x.device.type)

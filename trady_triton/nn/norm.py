@@ -29,10 +29,13 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight = ctx.saved_tensors
-        # In eval mode dX = dY * weight / sqrt(var + eps); torch's own kernel takes an input of dY's shape, unread.
-        dx = torch.ops.aten.native_batch_norm_backward(
-            dy, dy, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
-        )[0]
+        scale = (var + ctx.eps).rsqrt() if weight is None else weight * (var + ctx.eps).rsqrt()
+        if scale.dtype == dy.dtype:
+            dx = dy * scale.view(-1, *(1,) * (dy.dim() - 2))
+        else:  # torch's own kernel multiplies in full precision; it takes an input of dY's shape and does not read it
+            dx = torch.ops.aten.native_batch_norm_backward(
+                dy, dy, weight, mean, var, None, None, False, ctx.eps, (True, False, False)
+            )[0]
         return dx, None, None, None, None, None
 
 
