@@ -18,12 +18,18 @@ ALLOWED = {
     "registry": {"torch"},
     "slot": {"torch"},
     "ranking": {"torch", "cost", "registry", "serial"},
-    "plan": {"torch", "cost", "ranking", "sampling", "serial"},
+    "policy": set(),
+    "plan": {"torch", "cost", "policy", "ranking", "sampling", "serial"},
     "functional": {*CORE, "cost", "slot"},
-    "nn": {*CORE, "cost", "functional", "plan", "registry", "slot"},
+    "nn": {*CORE, "cost", "functional", "plan", "policy", "registry", "slot"},
     "optimizer": {"torch", "plan", "slot"},
     "meters": {"torch"},
-    "__init__": {"nn", "optimizer", "plan", "ranking"},
+    "microbatch": {"torch"},
+    "rehearsal": {"torch", "microbatch", "nn", "optimizer", "plan"},
+    "ledger": {"torch", "meters", "plan", "rehearsal", "serial", "slot"},
+    "promise": {"torch", "ledger", "meters", "nn", "plan", "policy", "ranking", "rehearsal", "slot"},
+    "planner": {"torch", "plan", "promise", "ranking"},
+    "__init__": {"ledger", "microbatch", "nn", "optimizer", "plan", "planner", "ranking"},
 }
 
 
