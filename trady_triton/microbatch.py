@@ -38,7 +38,7 @@ def backward_in_parts(
         with casts(x.device, autocast):
             loss = loss_fn(model(x), y)
         loss = loss if x.shape[0] == size else loss * (x.shape[0] / size)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:
         raise ValueError("the batch is empty")
