@@ -71,6 +71,8 @@ def describe(plan: Plan, net: str) -> dict[str, Any]:
         "unit": plan.cost.unit,
         "cost_model": plan.cost.depthwise,
         "batch_size": plan.cost.batch_size,
+        "memory": plan.memory,
+        "micro_batch": plan.micro_batch,
         "k": len(plan.pool),
         "pool": list(plan.pool),
         "pool_elements": sum(

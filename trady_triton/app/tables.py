@@ -45,7 +45,11 @@ def plan_summary(plan: Plan) -> str:
     size, ranked = len(plan.pool), len(plan.shapes)
     cheapest, least = smallest_budget(plan)
     whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
-    return "\n".join(
+    promise = ""
+    if plan.memory is not None:
+        parts = f", {plan.micro_batch} samples at a time" if plan.micro_batch else ""
+        promise = f"memory       {plan.memory:,} bytes for a whole step, weights and all{parts}\n"
+    return promise + "\n".join(
         (
             f"budget       {plan.budget:,} {unit} for {basis}: "
             f"{plan.budget / plan.pool_cost:.1%} of the pool, {plan.budget / whole:.1%} of all layers",
