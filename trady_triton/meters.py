@@ -230,11 +230,11 @@ class FlopsByKind(FlopCounterMode):
         for module in self._modules:
             self._exits.callback(module.register_forward_pre_hook(self._enter_module).remove)
             self._exits.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._exits.close()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:

@@ -34,11 +34,11 @@ def backward_in_parts(
     size = inputs.shape[0]
     check_micro_batch(micro_batch)
     total: Tensor | None = None
-    for x, y in zip(inputs.split(micro_batch or size), target.split(micro_batch or size), strict=True):
+    for x, y in zip(*(torch.split(tensor, micro_batch or size) for tensor in (inputs, target)), strict=True):
         with casts(x.device, autocast):
             loss = loss_fn(model(x), y)
         loss = loss if x.shape[0] == size else loss * (x.shape[0] / size)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:
         raise ValueError("the batch is empty")

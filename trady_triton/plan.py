@@ -55,7 +55,7 @@ class Plan:
     seed: int = 0
     train_bias: bool = False
     train_norm: bool = False
-    policy: Policy = Policy()
+    policy: Policy = Policy()  # noqa: RUF009  frozen
     memory: int | None = None
     micro_batch: int | None = None
 

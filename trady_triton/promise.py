@@ -3,8 +3,8 @@
 The bound on a step holds for every draw, because it does not look at one. A fake step is run in which each layer of
 the pool has as many channels as the budget B could pay for if it were spent on that layer alone: every working buffer
 of every layer is then at its largest, and the backward reaches the deepest layer of the pool. Of its timeline the
-stores and gradients of the drawn channels are left out; instead B is added, which is what they sum to at most (or what the
-whole pool costs, if that is less).
+stores and gradients of the drawn channels are left out; instead B is added, which is what they sum to at most (or what
+the whole pool costs, if that is less).
 
     bound(B) = weights + buffers + batch + optimizer state + ids of the channels + peak of that timeline + B
 """
@@ -101,9 +101,10 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     optimizer.zero_grad()
     existing = storage_bytes([*model.parameters(), *model.buffers(), step.inputs, step.target])
     channels = min(sum(map(len, most.values())), plan.budget // min(costs.values()))
-    draws = channels * torch.int64.itemsize + storage_bytes(slot.proxy for slot in slots)
+    draws = 8 * channels + storage_bytes(slot.proxy for slot in slots)
     remove_plan(model)
-    return existing + draws + timeline.peak() + min(plan.budget, plan.pool_cost)
+    total: int = existing + draws + timeline.peak() + min(plan.budget, plan.pool_cost)
+    return total
 
 
 def parse_memory(memory: int | str) -> int:
@@ -167,7 +168,7 @@ class _Search:
         return self.plan(fits)
 
 
-class _Timeline(LiveStorages):
+class _Timeline(LiveStorages):  # type: ignore[no-untyped-call]
     """When each storage was made and freed, so that some can be left out of the peak afterwards."""
 
     def __init__(self) -> None:
@@ -218,7 +219,8 @@ def _without_channels(model: nn.Module, plan: Plan, slots: list[ChannelSlot], ti
             exits.callback(module.register_forward_pre_hook(lambda m, args: running.append(m)).remove)
             exits.callback(module.register_forward_hook(lambda m, args, y: _pop(running), always_call=True).remove)
         for slot in (slot for slot in slots if slot.proxy.requires_grad):
-            hook = slot.proxy.register_post_accumulate_grad_hook(lambda proxy: timeline.leave_out(proxy.grad))
+            add_hook = slot.proxy.register_post_accumulate_grad_hook
+            hook = add_hook(lambda proxy: timeline.leave_out(proxy.grad))  # type: ignore[no-untyped-call]
             exits.callback(hook.remove)
         exits.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
         yield

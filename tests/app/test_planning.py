@@ -1,10 +1,12 @@
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 from trady_triton import make_plan
 from trady_triton.app.planning import (
     describe,
+    ledgers,
     load_plan,
     load_ranking,
     mean_channels,
@@ -12,6 +14,7 @@ from trady_triton.app.planning import (
     pick_device,
     rank_on_noise,
 )
+from trady_triton.app.tables import ledger_table
 
 
 @pytest.fixture
@@ -81,3 +84,14 @@ def test_whole_numbers_are_elements_and_the_rest_is_for_the_plan_to_read(text, b
 def test_an_unknown_device_is_an_error():
     with pytest.raises(ValueError, match="--device 'abacus'"):
         pick_device("abacus")
+
+
+def test_the_ledgers_of_a_plan_stand_side_by_side(net, ranking):
+    plan = make_plan(ranking, budget="8KiB", batch_size=2)
+    books = ledgers(net, plan, 32, 2)
+    assert books["trady"].kept_bytes < books["full"].kept_bytes
+    console = Console(width=120, record=True)
+    console.print(ledger_table(books))
+    (row,) = [line.split() for line in console.export_text().splitlines() if "kept for the backward" in line]
+    wanted = [f"{entry.kept_bytes / 2**20:.3f}" for entry in books.values()]
+    assert [row[-4], row[-2]] == wanted

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady_triton import Plan, Ranking, rank_layers
+from trady_triton import Ledger, Plan, Ranking, ledger, rank_layers
 from trady_triton.app.loader import random_batches
 from trady_triton.cost import CostModel, LayerShape
 
@@ -71,6 +71,8 @@ def describe(plan: Plan, net: str) -> dict[str, Any]:
         "unit": plan.cost.unit,
         "cost_model": plan.cost.depthwise,
         "batch_size": plan.cost.batch_size,
+        "memory": plan.memory,
+        "micro_batch": plan.micro_batch,
         "k": len(plan.pool),
         "pool": list(plan.pool),
         "pool_elements": sum(
@@ -91,6 +93,12 @@ def describe(plan: Plan, net: str) -> dict[str, Any]:
         "seed": plan.seed,
         "fingerprint": plan.fingerprint,
     }
+
+
+def ledgers(model: nn.Module, plan: Plan, image_size: int, batch_size: int) -> dict[str, Ledger]:
+    """What a training step is predicted to take: fine-tuning of everything, and under the plan in epoch 0."""
+    shape = (batch_size, 3, image_size, image_size)
+    return {"full": ledger(model, None, shape), "trady": ledger(model, plan, shape)}
 
 
 def smallest_budget(plan: Plan) -> tuple[str, int]:

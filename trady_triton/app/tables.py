@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich import box
@@ -9,11 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trady_triton import Plan
+from trady_triton import Ledger, Plan
 from trady_triton.app.finetune import Record
 from trady_triton.app.planning import mean_channels, smallest_budget
 from trady_triton.app.train import StepResult
 from trady_triton.cost import LayerShape
+from trady_triton.meters import KINDS
 
 
 def plan_table(plan: Plan) -> Table:
@@ -43,7 +45,11 @@ def plan_summary(plan: Plan) -> str:
     size, ranked = len(plan.pool), len(plan.shapes)
     cheapest, least = smallest_budget(plan)
     whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
-    return "\n".join(
+    promise = ""
+    if plan.memory is not None:
+        parts = f", {plan.micro_batch} samples at a time" if plan.micro_batch else ""
+        promise = f"memory       {plan.memory:,} bytes for a whole step, weights and all{parts}\n"
+    return promise + "\n".join(
         (
             f"budget       {plan.budget:,} {unit} for {basis}: "
             f"{plan.budget / plan.pool_cost:.1%} of the pool, {plan.budget / whole:.1%} of all layers",
@@ -55,6 +61,39 @@ def plan_summary(plan: Plan) -> str:
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
         )
     )
+
+
+def ledger_table(books: Mapping[str, Ledger]) -> Table:
+    """Ledgers side by side, one column a method: memory in MiB, what is kept by kind, what is not lean, FLOPs."""
+    columns = {method: _ledger_rows(entry) for method, entry in books.items()}
+    first = next(iter(books.values()))
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(f"one step of {first.batch_size} samples, {first.device}", no_wrap=True)
+    for method in columns:
+        table.add_column(method, justify="right", no_wrap=True)
+    for row in max(columns.values(), key=len):
+        table.add_row(row, *(rows.get(row, "-") for rows in columns.values()))
+    return table
+
+
+def _ledger_rows(entry: Ledger) -> dict[str, str]:
+    memory = {
+        "weights and buffers": entry.weight_bytes,
+        "batch": entry.batch_bytes,
+        "ids of drawn channels": entry.draw_bytes,
+        "optimizer state": entry.state_bytes,
+        "peak of the step beyond these": entry.peak_bytes,
+        "in all": entry.total_bytes,
+        "gradients, compact": entry.compact_gradient_bytes,
+        "gradients of what is trained whole": entry.whole_gradient_bytes,
+        "kept for the backward": entry.kept_bytes,
+        **{f"  {kind}": entry.kept_by_kind.get(kind, 0) for kind in KINDS},
+        **{f"  not lean: {kind} ({len(layers)})": sum(layers.values()) for kind, layers in entry.not_lean.items()},
+        "peak of inference": entry.inference_bytes,
+    }
+    flops = {"forward": entry.forward_flops, "dX": entry.dgrad_flops, "dW": entry.wgrad_flops}
+    rows = {name: f"{size / 2**20:,.3f} MiB" for name, size in memory.items()}
+    return rows | {f"{name} FLOPs": f"{count / 1e6:,.1f} M" for name, count in flops.items()}
 
 
 def kind(shape: LayerShape) -> str:
