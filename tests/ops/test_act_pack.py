@@ -1,5 +1,7 @@
 """Packed activation derivatives: exact in 1 bit, within half a step in 8, the nearest level in 2; in storage order."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,3 +200,16 @@ def test_wrong_arguments_are_named(arguments, match):
 def test_a_seed_for_exact_bits_is_refused():
     with pytest.raises(ValueError, match="seed"):
         act_pack(torch.ones(3), "relu", 1, seed=torch.tensor([1]))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("relu6", 1), ("gelu", 8), ("gelu", 2)])
+def test_large_tensors_take_the_twin_through_several_chunks(kind, bits, monkeypatch, generator):
+    x = 3 * torch.randn((1 << 17) + 77, generator=generator)
+    seed = torch.tensor([6]) if bits == 8 else None
+    low, high = bounds(kind, None, None)
+    _, code = act_pack_ref(x, kind, bits, low, high, seed)
+    dx = act_unpack_ref(x, code, kind, bits, x.stride())
+    monkeypatch.setattr(sys.modules[act_pack_ref.__module__], "_CHUNK", 1 << 20)
+    _, whole = act_pack_ref(x, kind, bits, low, high, seed)
+    assert torch.equal(code, whole)
+    assert torch.equal(dx, act_unpack_ref(x, whole, kind, bits, x.stride()))

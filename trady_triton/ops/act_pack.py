@@ -7,7 +7,7 @@ y's strides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ _GATHER_PAIRS = (
 )  # times four bytes 0..3: byte i becomes bits 2i, 2i+1 of the top byte
 _SPREAD_BITS = 0x0101010101010101
 _PICK_BITS = 0x8040201008040201 - (1 << 64)
+_CHUNK = 1 << 17
 
 
 @jit
@@ -89,8 +90,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _in_layout(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+def _in_layout(tensor: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    if tensor.stride() == tuple(stride):
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    """Slices of n elements whose temporaries stay in a CPU cache, and off the peak of memory."""
+    return (slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))
 
 
 def code_bytes(num_elements: int, bits: int) -> int:
@@ -113,7 +121,7 @@ def _exact_code(x: torch.Tensor, kind: str, low: float, high: float) -> torch.Te
     return _pack_bits(dead, 1).bitwise_not_()
 
 
-def _smooth_code(x: torch.Tensor, kind: str, bits: int, seed: torch.Tensor | None) -> torch.Tensor:
+def _smooth_code(x: torch.Tensor, kind: str, bits: int, seed: torch.Tensor | None, start: int) -> torch.Tensor:
     d, smooth, n = derivative_ref(x, kind), SMOOTH[kind], x.numel()
     if bits == 2:
         level = torch.zeros(4 * code_bytes(n, 2), dtype=torch.uint8, device=x.device)
@@ -122,7 +130,8 @@ def _smooth_code(x: torch.Tensor, kind: str, bits: int, seed: torch.Tensor | Non
         return _pack_bits(level, 2)
     noise: float | torch.Tensor = 0.5
     if seed is not None:
-        noise = random16_ref(seed, torch.arange(-(-n // 8), device=x.device), 0, 0, 0).flatten()[:n].to(d.dtype) / 65536
+        counter = start // 8 + torch.arange(-(-n // 8), device=x.device)
+        noise = random16_ref(seed, counter, 0, 0, 0).flatten()[:n].to(d.dtype) / 65536
     return d.mul_(smooth.scale).add_(noise + smooth.zero).floor_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -130,31 +139,50 @@ def act_pack_ref(
     x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the op act_pack computes, in torch."""
-    like = torch.empty_like(x)  # dense, and never written
-    flat = _flat(_in_layout(x, like))
-    code = _exact_code(flat, kind, low, high) if bits == 1 else _smooth_code(flat, kind, bits, seed)
-    return activation_ref(flat, kind, low, high).as_strided(like.shape, like.stride()), code
+    stride = torch.empty_like(x, device="meta").stride()
+    flat, n = _flat(_in_layout(x, stride)), x.numel()
+    code = torch.empty(code_bytes(n, bits), dtype=torch.uint8, device=x.device)
+    for part in _chunks(n):
+        exact = bits == 1
+        chunk = (
+            _exact_code(flat[part], kind, low, high)
+            if exact
+            else _smooth_code(flat[part], kind, bits, seed, part.start)
+        )
+        code[part.start * bits // 8 :][: chunk.numel()] = chunk
+    return activation_ref(flat, kind, low, high).as_strided(x.shape, stride), code
 
 
 def act_unpack_ref(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
     """What `act_unpack` computes, in torch."""
-    flat, n = _flat(_in_layout(dy, torch.empty_strided(dy.shape, stride, device=dy.device))), dy.numel()
-    if bits == 1:
-        alive = ((code.to(torch.int64) * _SPREAD_BITS) & _PICK_BITS).view(torch.uint8)[:n].ne(0)
-        dx = torch.where(alive, flat if EXACT[kind].slope == 1 else flat * EXACT[kind].slope, 0.0)
-    else:
-        dx = _derivative(code, kind, bits, n, torch.promote_types(dy.dtype, torch.float32)).mul_(flat).to(dy.dtype)
+    flat = _flat(_in_layout(dy, stride))
+    dx = torch.empty_like(flat)
+    for part in _chunks(dy.numel()):
+        packed = code[part.start * bits // 8 : code_bytes(part.stop, bits)]
+        if bits == 1:
+            _pass_alive(flat[part], packed, EXACT[kind].slope, dx[part])
+        else:
+            d = _derivative(packed, kind, bits, torch.promote_types(dy.dtype, torch.float32))
+            dx[part] = d[: part.stop - part.start].mul_(flat[part])
     return dx.as_strided(dy.shape, stride)
 
 
-def _derivative(code: torch.Tensor, kind: str, bits: int, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """The derivative [n] that 8- or 2-bit codes stand for."""
+def _pass_alive(dy: torch.Tensor, code: torch.Tensor, slope: float, dx: torch.Tensor) -> None:
+    """dx = dy * slope where the bit is set, else 0; NaN and inf do not pass a cleared bit."""
+    alive = code.to(torch.int64).mul_(_SPREAD_BITS).bitwise_and_(_PICK_BITS).view(torch.uint8)[: dy.numel()]
+    torch.ops.aten.threshold_backward(dy, alive.to(dy.dtype), 0, grad_input=dx)  # far faster than torch.where on a CPU
+    if slope != 1:
+        dx.mul_(slope)
+
+
+def _derivative(code: torch.Tensor, kind: str, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The derivative that 8- or 2-bit codes stand for, one value for each code in them."""
     smooth = SMOOTH[kind]
     if bits == 8:
         return code.to(dtype).sub_(smooth.zero).div_(smooth.scale)
     byte = torch.arange(256, device=code.device)[:, None] >> torch.tensor([0, 2, 4, 6], device=code.device) & 3
     levels = torch.tensor(smooth.levels, dtype=dtype, device=code.device)
-    return levels[byte].index_select(0, code.int()).flatten()[:n]
+    return levels[byte].index_select(0, code.int()).flatten()
 
 
 @rule("act_pack")
@@ -185,7 +213,7 @@ def _pack(
     if n:
         config = select_config("act_pack", {"n": n}, x.dtype, Arch.of(x.device))
         grid = (-(-n // config.meta["BLOCK"]),)
-        launch(_pack_kernel, grid, _in_layout(x, y), y, code, seed, n, low, high,
+        launch(_pack_kernel, grid, _in_layout(x, y.stride()), y, code, seed, n, low, high,
                config=config, KIND=kind, **code_constants(kind, bits))  # fmt: skip
     return y, code
 
@@ -200,7 +228,7 @@ def _unpack(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: 
         constants |= {f"L{i}": level for i, level in enumerate(levels)}
         config = select_config("act_pack", {"n": n}, dy.dtype, Arch.of(dy.device))
         slope = EXACT[kind].slope if kind in EXACT else 1.0
-        launch(_unpack_kernel, (-(-n // config.meta["BLOCK"]),), _in_layout(dy, dx), code, dx, n, slope,
+        launch(_unpack_kernel, (-(-n // config.meta["BLOCK"]),), _in_layout(dy, stride), code, dx, n, slope,
                config=config, **constants)  # fmt: skip
     return dx
 

@@ -16,13 +16,14 @@ from .act_pack import (
     code_bytes,
     code_constants,
     derivative_code,
+    pack_bytes,
 )
 from .activation import activate, bounds
 from .dispatch import jit, launch, tl, use_triton
 from .library import register_op
 from .philox import random16
 from .select_config import Arch, Config, Shape, rule, select_config
-from .store import check_store_arguments, empty_store, padded, store_channels_ref, store_size
+from .store import check_store_arguments, empty_store, padded, store_bytes, store_channels_ref, store_size
 
 FUSED_LAYOUTS = ("tokens", "pixels", "taps")
 
@@ -154,3 +155,11 @@ def act_store(
         raise ValueError(f"slots: got {slots.numel()}, wanted one for each of the {C} channels")
     y, code, store = _op(x, channels, slots, layout, kind, bits, lower, upper, seed)
     return y, code, store
+
+
+def act_store_bytes(
+    layout: str, num_tokens: int, num_channels: int, num_selected: int, itemsize: int, bits: int
+) -> int:
+    """Bytes that the fused pass moves: those of `act_pack`, the slots read and the store written."""
+    packed = pack_bytes(num_tokens * num_channels, itemsize, bits)
+    return packed + 4 * num_channels + store_bytes(layout, num_selected, num_tokens, itemsize)

@@ -91,12 +91,12 @@ def _columns(shape: Shape, BQ: int) -> tuple[int, int]:
 
 @rule("depthwise_wgrad")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """As many filter rows a program as 256 columns hold (64 in fp32): each reads dy once. "taps" if one is too wide."""
+    """As many filter rows a program as 256 columns hold (32 in fp32): each reads dy once. "taps" if one is too wide."""
     BQ, BK = 16 if shape["Q"] <= 16 else 32, 32
     BW, back = _columns(shape, BQ)
     if BW > MAX_COLUMNS:
         return Config(backend="taps")
-    RB = max(1, min(next_power_of_2(shape["R"]), (64 if dtype == torch.float32 else MAX_COLUMNS) // BW))
+    RB = max(1, min(next_power_of_2(shape["R"]), (32 if dtype == torch.float32 else MAX_COLUMNS) // BW))
     programs = shape["ROWS"] * ceil_div(shape["R"], RB)
     steps = ceil_div(shape["N"] * shape["P"] * ceil_div(shape["Q"], BQ), BK)
     dy_bytes = dtype.itemsize * shape["ROWS"] * shape["N"] * shape["P"] * shape["Q"]

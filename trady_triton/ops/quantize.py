@@ -287,3 +287,8 @@ def quantized_bytes(layout: str, size: Sequence[int], bits: int) -> int:
         return size[0] * size[1] * ((G if bits == 8 else half_group(G)) + 4)
     groups = -(-size[1] // GROUP)
     return size[0] * ((padded(size[1], 16) if bits == 8 else groups * half_group(G)) + 4 * groups)
+
+
+def quantize_traffic_bytes(layout: str, size: Sequence[int], bits: int, itemsize: int) -> int:
+    """Bytes that a perfect quantiser moves: the store of shape `size` read once; codes, scale and zero written."""
+    return math.prod(size) * itemsize + quantized_bytes(layout, size, bits)

@@ -15,12 +15,13 @@ import torch
 from .dispatch import jit, launch, tl, use_triton
 from .library import register_op
 from .philox import random16, random16_ref
-from .select_config import Arch, Config, Shape, rule, select_config
+from .select_config import Config
 
 ALGORITHMS = ("sgd", "adamw")
 HYPER_COLUMNS = 7
 TABLE_COLUMNS = 12
-BLOCK_K, BLOCK_E = 16, 64
+BLOCK_K, BLOCK_E = 16, 64  # 16 channels share the 32-byte sectors of a weight row
+CONFIG = Config({"BK": BLOCK_K, "BE": BLOCK_E}, num_warps=4, num_stages=1)  # not tuned: the tables depend on it
 
 Tensors = Sequence[torch.Tensor]
 
@@ -206,12 +207,6 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-@rule("scatter_update")
-def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """One tile for all layers of a launch: 16 channels share the 32-byte sectors of a weight row, 64 elements each."""
-    return Config({"BK": BLOCK_K, "BE": BLOCK_E}, num_warps=4, num_stages=1)
-
-
 def _update(
     weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors, variances: Tensors,
     algorithm: str, nesterov: bool, found_inf: torch.Tensor | None, seed: torch.Tensor | None, tables: Tensors,
@@ -226,11 +221,10 @@ def _update(
         return
     device, compute = weights[0].device, _compute_dtype(weights[0])
     pointers = _upload([grad.data_ptr() for grad in grads], torch.int64, device)
-    config = select_config("scatter_update", {"B": len(blocks)}, weights[0].dtype, Arch.of(device))
     carrier = weights[0].new_empty(1, dtype=compute)
     launch(
         _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, hyper.to(device, non_blocking=True),
-        found_inf, seed, weights[0], grads[0], carrier, channels[0], config=config, ADAMW=algorithm == "adamw",
+        found_inf, seed, weights[0], grads[0], carrier, channels[0], config=CONFIG, ADAMW=algorithm == "adamw",
         MOMENTUM=bool(momenta), NESTEROV=nesterov, STOCHASTIC=seed is not None,
         COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
     )  # fmt: skip

@@ -42,6 +42,6 @@ def _parts(x: torch.Tensor, dy: torch.Tensor, size: int) -> Iterator[tuple[torch
 
 def _product(x: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype != dtype and x.is_cuda:  # operands as they are, only the result is wide
-        return torch.bmm(x, dy, dtype).sum(0) if len(x) > 1 else torch.mm(x[0], dy[0], dtype)
+        return torch.bmm(x, dy, dtype).sum(0) if len(x) != 1 else torch.mm(x[0], dy[0], dtype)
     x, dy = x.to(dtype), dy.to(dtype)
-    return torch.bmm(x, dy).sum(0) if len(x) > 1 else torch.mm(x[0], dy[0])
+    return torch.bmm(x, dy).sum(0) if len(x) != 1 else torch.mm(x[0], dy[0])

@@ -7,14 +7,14 @@ from harness import Case
 from trady_triton.ops.act_pack import _pack_kernel, _unpack_kernel, code_constants
 from trady_triton.ops.act_store import _act_store_kernel
 from trady_triton.ops.activation import SMOOTH
-from trady_triton.ops.scatter_update import _scatter_update_kernel
+from trady_triton.ops.scatter_update import CONFIG, _scatter_update_kernel
 from trady_triton.ops.select_config import Arch, select_config
 
 KINDS = [("relu6", 1), ("gelu", 8), ("gelu", 2), ("gelu_tanh", 8), ("silu", 8), ("hardswish", 8)]
 
 
 def config_of(kernel):
-    return select_config(kernel, {"n": 1 << 20, "T": 25088, "C": 768, "B": 100}, torch.bfloat16, Arch("sm_90"))
+    return select_config(kernel, {"n": 1 << 20, "T": 25088, "C": 768}, torch.bfloat16, Arch("sm_90"))
 
 
 def case(name, kernel, signature, constexprs, config, ci=False):
@@ -62,7 +62,7 @@ def update(algorithm, weight, stochastic=False, momentum=False):
     constants["COMPUTE"] = tl.float32
     name = f"scatter_update {algorithm} {weight}" + " momentum" * momentum + " stochastic" * stochastic
     ci = algorithm == "adamw" and stochastic
-    return case(name, _scatter_update_kernel, signature, constants, config_of("scatter_update"), ci)
+    return case(name, _scatter_update_kernel, signature, constants, CONFIG, ci)
 
 
 CASES = [pack(kind, bits) for kind, bits in KINDS] + [pack("gelu", 8, stochastic=True)]

@@ -50,6 +50,7 @@ def depthwise(size, kernel, stride=1, layout="nchw", dtype="bf16", codes=False):
         num_stages=config.num_stages,
         ci=(dtype, size, kernel, stride, layout) in CI,
         matrix=dtype == "bf16",
+        max_registers=188 if codes else 168,  # 4 filter rows of codes wait in registers to be scaled
     )
 
 

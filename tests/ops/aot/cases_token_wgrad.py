@@ -42,6 +42,8 @@ def case(layout, K, *, T=25088, bits=0, ones=False, atomic=False):
         num_stages=config.num_stages,
         ci=(layout, K) in CI and not variant,
         matrix=True,
+        warpgroup=config.meta["BM"] >= 64,
+        wide_loads=layout != "nchw7" and not peel and not bits,  # scales are single elements
         max_registers=255 if peel else 168,
         max_shared_bytes=(160 if K >= 128 else 113) << 10,
     )

@@ -24,6 +24,8 @@ def case(layout, C, O):
         num_stages=config.num_stages,
         ci=layout == "tokens" and C == 768,
         matrix=True,
+        warpgroup=config.meta["BM"] >= 64,
+        wide_loads=True,
     )
 
 

@@ -40,6 +40,8 @@ MATRIX_INSTRUCTIONS = {
     "sm_100": r"\b(HMMA|UTCHMMA|UTCQMMA)\b",
     "gfx942": r"\bv_mfma",
 }
+WARPGROUP_INSTRUCTIONS = {"sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC[HQ]MMA\b"}
+NARROW_LOADS = r"\bLDG\S*\.[US]16\b"
 FIELDS = ("case", "target", "registers", "spill_bytes", "shared_bytes", "matrix")
 REGISTER_SLACK = 1.10
 
@@ -57,6 +59,8 @@ class Case:
     num_stages: int = 4
     ci: bool = False
     matrix: bool = False  # has to use matrix instructions
+    warpgroup: bool = False  # has to use those of a whole warp group where there are some (sm_90, sm_100)
+    wide_loads: bool = False  # must not load 16-bit elements one by one
     max_registers: int = 168  # on sm_90
     max_shared_bytes: int = 113 << 10  # two programs fit on an sm_90
     targets: tuple[str, ...] = field(default=tuple(TARGETS))
@@ -93,8 +97,16 @@ def compile_case(case, target):
     binary = triton.compile(source, target=TARGETS[target], options=options)
     usage = _amd_usage(binary) if target == "gfx942" else _nvidia_usage(binary)
     registers, spill_bytes, code = usage
-    matrix = len(re.findall(MATRIX_INSTRUCTIONS[target], code))
-    return dict(zip(FIELDS, (case.name, target, registers, spill_bytes, binary.metadata.shared, matrix), strict=True))
+    return {
+        "case": case.name,
+        "target": target,
+        "registers": registers,
+        "spill_bytes": spill_bytes,
+        "shared_bytes": binary.metadata.shared,
+        "matrix": len(re.findall(MATRIX_INSTRUCTIONS[target], code)),
+        "warpgroup": len(re.findall(WARPGROUP_INSTRUCTIONS.get(target, ""), code)),
+        "narrow_loads": len(re.findall(NARROW_LOADS, code)),
+    }
 
 
 def _amd_usage(binary):
@@ -138,6 +150,10 @@ def violations(case, row):
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, limit {case.max_shared_bytes}")
     if case.matrix and not row["matrix"]:
         found.append("has no matrix instruction")
+    if case.warpgroup and not row["warpgroup"]:
+        found.append("has no warp-group matrix instruction")
+    if case.wide_loads and row["narrow_loads"]:
+        found.append(f"loads 16-bit elements one by one, {row['narrow_loads']} times")
     return [f"{case.name} on {row['target']} {sentence}" for sentence in found]
 
 
@@ -153,7 +169,7 @@ def read_table():
 def write_table(rows):
     """Replace the table by `rows`, sorted."""
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
 
