@@ -67,3 +67,10 @@ def in_same_batches(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, to
     if x.shape[0] < dy.shape[0]:
         return x.reshape(*dy.shape[:2], x.shape[2]), dy
     return x, dy.reshape(*x.shape[:2], dy.shape[2])
+
+
+def out_of_int32(*tensors: torch.Tensor) -> bool:
+    """Whether an offset (in elements) into one of the tensors needs 64 bits."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31 for x in tensors
+    )

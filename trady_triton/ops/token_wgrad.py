@@ -17,28 +17,10 @@ from .library import register_op
 from .quantize import quantized_bytes
 from .select_config import MAX_WORKSPACE_BYTES, Arch, Config, Shape, next_power_of_2, rule, select_config
 from .splitk_reduce import splitk_reduce_launch
-from .tile import dot_precision, tile_dot
-from .token_layout import TokenLayout, as_batches, token_layout
+from .tile import dot_precision, load_tokens, tile_dot
+from .token_layout import TokenLayout, as_batches, out_of_int32, token_layout
 from .token_matmul import token_matmul
 from .workspace import workspace
-
-
-@jit
-def load_tokens(
-    ptr, t, c, T, O, image, pixel, PQ: tl.constexpr, CHANNEL: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr
-):
-    """Tile [tokens, channels] of a tensor whose layout is (image, pixel, PQ, CHANNEL), zero outside [T, O]."""
-    if WIDE:
-        t = t.to(tl.int64)
-        c = c.to(tl.int64)
-    if PQ == 1:
-        token = t * image
-    else:
-        token = t // PQ * image + t % PQ * pixel
-    keep = (c < O)[None, :]
-    if MASKED:
-        keep = keep & (t < T)[:, None]
-    return tl.load(ptr + token[:, None] + (c * CHANNEL)[None, :], mask=keep, other=0.0)
 
 
 @jit
@@ -185,13 +167,6 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     products = 1 if shape["PQ"] == 1 else T / shape["PQ"] / images_at_once
     mm = (K > 256 or dtype == torch.float32) and products <= 8
     return replace(tiles, split=max(1, min(most)), backend="mm" if mm else "triton")
-
-
-def out_of_int32(*tensors: torch.Tensor) -> bool:
-    """Whether an offset (in elements) into one of the tensors needs 64 bits."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31 for x in tensors
-    )
 
 
 class _Operands(NamedTuple):

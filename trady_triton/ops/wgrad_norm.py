@@ -18,10 +18,9 @@ from .dispatch import INTERPRET, backend, jit, launch, tl, use_triton
 from .library import register_op
 from .select_config import MAX_WORKSPACE_BYTES, Arch, Config, Shape, next_power_of_2, rule, select_config
 from .splitk_reduce import splitk_reduce_launch
-from .tile import dot_precision, tile_dot
-from .token_layout import TokenLayout, as_batches, in_same_batches, token_layout
+from .tile import dot_precision, load_tokens, tile_dot
+from .token_layout import TokenLayout, as_batches, in_same_batches, out_of_int32, token_layout
 from .token_matmul import token_matmul
-from .token_wgrad import load_tokens, out_of_int32
 from .workspace import workspace
 
 
