@@ -3,6 +3,7 @@
 Shapes: N batch, C input channels, K drawn channels, O output channels, G groups, R x S kernel, T tokens.
 Forward keeps x[:, channels] (a compact copy) if channels are drawn, and a reference to W if x needs a gradient.
 Backward computes dX where somebody needs it and the compact dW of the drawn channels (eq. 2), channel-major.
+The store and the compact dW are ops of `trady_triton.ops`: Triton kernels on a GPU, their torch twins elsewhere.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.cost import keeps_strided_pixels
+from trady_triton.ops import conv_wgrad, grouped_wgrad, store_channels, token_wgrad
 from trady_triton.slot import ChannelSlot, Draw, Ticket
 
 
@@ -84,8 +85,8 @@ class _LeanConv2d(torch.autograd.Function):
         y, seen = _conv_fprop(x, weight, bias, geometry)
         store = None
         if ctx.needs_input_grad[3] and draw is not None:
-            store = _keep_pixels(seen, draw.channels, weight, geometry)
-            ctx.ticket = Ticket(draw)
+            store = _conv_store(seen, draw.channels, weight.shape, geometry)
+            ctx.ticket = _ticket(draw)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, store)
         ctx.geometry, ctx.draw, ctx.x_shape, ctx.weight_shape = geometry, draw, x.shape, weight.shape
         return y
@@ -100,8 +101,8 @@ class _LeanConv2d(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy.sum((0, 2, 3))
         if ctx.needs_input_grad[3]:
-            ctx.ticket.redeem()
-            dw = _conv_wgrad(dy, store, ctx.draw.channels, ctx.weight_shape, ctx.geometry).to(ctx.draw.proxy.dtype)
+            _redeem(ctx.ticket)
+            dw = _conv_wgrad(dy, store, ctx.draw, ctx.weight_shape, ctx.geometry)
         return dx, None, db, dw, None, None
 
 
@@ -113,8 +114,8 @@ class _LeanLinear(torch.autograd.Function):
         x, w, b = _as_autocast(x, weight, bias)
         store = None
         if ctx.needs_input_grad[3] and draw is not None:
-            store = x.index_select(-1, draw.channels)
-            ctx.ticket = Ticket(draw)
+            store = store_channels(x, draw.channels, "tokens")
+            ctx.ticket = _ticket(draw)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, store)
         ctx.draw = draw
         return F.linear(x, w, b)
@@ -129,8 +130,8 @@ class _LeanLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy.flatten(0, -2).sum(0)
         if ctx.needs_input_grad[3]:
-            ctx.ticket.redeem()
-            dw = (store.flatten(0, -2).t() @ dy.flatten(0, -2)).to(ctx.draw.proxy.dtype)
+            _redeem(ctx.ticket)
+            dw = token_wgrad(store, dy, out_dtype=ctx.draw.proxy.dtype)
         return dx, None, db, dw, None
 
 
@@ -151,15 +152,47 @@ def _conv_fprop(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGe
     return F.conv2d(padded, w, b, stride, padding, dilation, groups), seen
 
 
-def _keep_pixels(x: Tensor, channels: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The compact store [N, K, H, W]; of a strided 1x1 convolution only the pixels that the stride keeps."""
-    if _skips_pixels(weight.shape, geometry):
+def _conv_store(x: Tensor, channels: Tensor, weight_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
+    """The compact store [K, N, H, W]; of a 1x1 convolution [K, N P Q], only the pixels that its stride keeps."""
+    if _skips_pixels(weight_shape, geometry):
         x = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-    return x.index_select(1, channels)
+    return store_channels(x, channels, "pixels" if _is_product(weight_shape, geometry) else "planes")
 
 
 def _skips_pixels(weight_shape: torch.Size, geometry: ConvGeometry) -> bool:
     return keeps_strided_pixels(tuple(weight_shape[2:]), geometry.padding) and not any(geometry.overhang)
+
+
+def _is_product(weight_shape: torch.Size, geometry: ConvGeometry) -> bool:
+    """Whether the convolution is a matrix product over pixels."""
+    return geometry.groups == 1 and _skips_pixels(weight_shape, geometry)
+
+
+def _conv_wgrad(dy: Tensor, store: Tensor, draw: Draw, weight_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
+    """The compact dW [K, O/G, R, S] from dY [N, O, P, Q] and the store."""
+    out_channels, group_size, *kernel = weight_shape
+    count, groups, dtype = draw.channels.numel(), geometry.groups, draw.proxy.dtype
+    if _is_product(weight_shape, geometry):
+        return token_wgrad(store, dy, 1, out_dtype=dtype)[:, :, None, None]
+    left, _, top, _ = geometry.overhang
+    padding = (geometry.padding[0] + top, geometry.padding[1] + left)
+    stride = (1, 1) if _skips_pixels(weight_shape, geometry) else geometry.stride
+    if groups > 1:
+        group = (group_size, out_channels // groups)
+        return grouped_wgrad(store, dy, draw.channels, group, kernel, stride, padding, geometry.dilation, dtype)
+    # The kernel wants channels innermost, rounded up to 8: what is kept must not pay for that, so it is copied here.
+    taps = store_channels(store.transpose(0, 1), torch.arange(count, device=store.device), "taps")
+    return conv_wgrad(taps, dy, count, kernel, stride, padding, geometry.dilation, dtype)
+
+
+def _ticket(draw: Draw) -> Ticket | None:
+    """A ticket for a forward; compiled code takes none, as it cannot hold Python objects."""
+    return None if torch.compiler.is_compiling() else Ticket(draw)
+
+
+def _redeem(ticket: Ticket | None) -> None:
+    if ticket is not None:
+        ticket.redeem()
 
 
 def _conv_dgrad(dy: Tensor, weight: Tensor, x_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
@@ -168,43 +201,7 @@ def _conv_dgrad(dy: Tensor, weight: Tensor, x_shape: torch.Size, geometry: ConvG
     left, right, top, bottom = overhang
     padded = (*x_shape[:2], x_shape[2] + top + bottom, x_shape[3] + left + right)
     x = dy.new_empty(1).expand(padded)
-    dx = _convolution_backward(dy, x, weight, stride, padding, dilation, groups, (True, False))[0]
+    dx: Tensor = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+    )[0]
     return dx[:, :, top : top + x_shape[2], left : left + x_shape[3]]
-
-
-def _conv_wgrad(
-    dy: Tensor, store: Tensor, channels: Tensor, weight_shape: torch.Size, geometry: ConvGeometry
-) -> Tensor:
-    """The compact dW [K, O/G, R, S] from dY [N, O, P, Q] and the store [N, K, H, W]."""
-    stride, padding, dilation, groups, overhang = geometry
-    if _skips_pixels(weight_shape, geometry):
-        stride = (1, 1)
-    padded = F.pad(store, overhang) if any(overhang) else store
-    count, (out_channels, group_size, *kernel) = channels.numel(), weight_shape
-    if groups == 1:
-        weight = dy.new_empty(1).expand(out_channels, count, *kernel)
-        dw = _convolution_backward(dy, padded, weight, stride, padding, dilation, 1, (False, True))[1]
-        return dw.transpose(0, 1).contiguous()
-    # A drawn channel reaches only the outputs of its group: convolve each as a group of its own.
-    grouped = rearrange(dy, "n (g o) p q -> n g o p q", g=groups).index_select(1, channels // group_size)
-    dy = rearrange(grouped, "n k o p q -> n (k o) p q")
-    weight = dy.new_empty(1).expand(dy.shape[1], 1, *kernel)
-    dw = _convolution_backward(dy, padded, weight, stride, padding, dilation, count, (False, True))[1]
-    return rearrange(dw, "(k o) 1 r s -> k o r s", k=count)
-
-
-def _convolution_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """(dX, dW) of a convolution; of an operand whose gradient alone is wanted only the shape matters."""
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
-    )
-    return dx, dw

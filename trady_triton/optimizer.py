@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trady_triton.ops import scatter_update_, sgd_hyper
 from trady_triton.plan import Plan
 from trady_triton.slot import ChannelSlot, find_slot
 
@@ -132,11 +133,18 @@ class TraDyOptimizer(Optimizer):
         for parameter in group["params"][: len(group["params"]) - len(slots)]:
             if parameter.grad is not None:
                 sgd_(parameter, self._unscaled(parameter.grad), lr, decay)
-        for slot in slots:
-            if slot.proxy.grad is not None:
-                values = slot.gather()
-                sgd_(values, self._unscaled(slot.proxy.grad), lr, decay)
-                slot.scatter_(values)
+        self._step_slots([slot for slot in slots if slot.proxy.grad is not None], lr, decay)
+
+    def _step_slots(self, slots: list[ChannelSlot], lr: float, decay: float) -> None:
+        """Update the drawn channels: one call for all weights of a device and dtype."""
+        for kind in {(slot.weight.device, slot.weight.dtype) for slot in slots}:
+            alike = [slot for slot in slots if (slot.weight.device, slot.weight.dtype) == kind]
+            scatter_update_(
+                [slot.weight for slot in alike],
+                [self._unscaled(slot.gradient()) for slot in alike],
+                [slot.channels for slot in alike],
+                torch.tensor([sgd_hyper(lr, weight_decay=decay)] * len(alike), dtype=torch.float64),
+            )
 
     def _all_slots(self) -> list[ChannelSlot]:
         return [slot for slots in self._slots for slot in slots]
@@ -180,11 +188,11 @@ class TraDyOptimizer(Optimizer):
         return grad if scale is None else grad / scale.to(grad.device)
 
 
-def sgd_(values: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
-    """One SGD step on values and their gradient, of one shape, in the order of torch.optim.SGD's operations."""
+def sgd_(parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
+    """One SGD step on a parameter that is trained whole."""
     if weight_decay != 0:
-        grad = grad.add(values, alpha=weight_decay)
-    values.add_(grad, alpha=-lr)
+        grad = grad.add(parameter, alpha=weight_decay)
+    parameter.add_(grad, alpha=-lr)
 
 
 def _check_range(name: str, value: float | Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,6 @@ class Ticket:
         if self.draw.replaced:
             raise RuntimeError("this backward belongs to a forward before the last resample(): its gradient is lost")
         self.draw.waiting.discard(self)
-        self.draw.unapplied = True
 
 
 class Draw:
@@ -50,7 +50,15 @@ class Draw:
         self.proxy = proxy
         self.replaced = False
         self.unapplied = False
+        if proxy.requires_grad:
+            # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
+            proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
         self.waiting: weakref.WeakSet[Ticket] = weakref.WeakSet()
+
+
+def _note_gradient(draw: weakref.ref[Draw], proxy: Tensor) -> None:
+    if (alive := draw()) is not None:
+        alive.unapplied = True
 
 
 class ChannelSlot:
@@ -121,6 +129,12 @@ class ChannelSlot:
         group_size = view.shape[2]
         return view, (self.channels // group_size, slice(None), self.channels % group_size)
 
+    def gradient(self) -> Tensor:
+        """The compact gradient that arrived, contiguous."""
+        grad = self.proxy.grad
+        assert grad is not None
+        return grad.contiguous()
+
     def _make_draw(self, channels: Sequence[int]) -> Draw:
         weight = self.weight
         in_channels = weight.shape[1] * self.groups
@@ -131,7 +145,8 @@ class ChannelSlot:
             )
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
         proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape)
-        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy.requires_grad_(len(ids) > 0))
+        proxy.requires_grad_(len(ids) > 0)
+        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy)
 
 
 class _Link:

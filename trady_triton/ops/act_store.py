@@ -23,7 +23,7 @@ from .dispatch import jit, launch, tl, use_triton
 from .library import register_op
 from .philox import random16
 from .select_config import Arch, Config, Shape, rule, select_config
-from .store import check_store_arguments, empty_store, padded, store_bytes, store_channels_ref, store_size
+from .store import check_store_arguments, empty_store, store_bytes, store_channels_ref, store_size
 
 FUSED_LAYOUTS = ("tokens", "pixels", "taps")
 
@@ -65,7 +65,9 @@ def _act_store_kernel(
 
 
 def fusable(x: torch.Tensor, layout: str) -> bool:
-    """Whether x lies as the fused kernel needs it; otherwise the op takes two passes."""
+    """Whether x lies as the fused kernel needs it, and the store's rows aligned; otherwise the op takes two passes."""
+    if layout != "taps" and x.numel() // x.shape[-1 if layout == "tokens" else 1] % 8:
+        return False
     if layout == "tokens":
         return x.shape[-1] % 8 == 0 and x.is_contiguous()
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -110,7 +112,7 @@ def _act_store(
         store.zero_()  # the padding channels, and everything when nothing is selected
     if T:
         config = select_config("act_store", {"T": T, "C": C}, x.dtype, Arch.of(x.device))
-        row = store.shape[3] if layout == "taps" else padded(T)
+        row = store.shape[3] if layout == "taps" else T
         grid = (-(-T // config.meta["BT"]), -(-C // config.meta["BC"]))
         launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // 8, low, high, config=config,
                C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", **code_constants(kind, bits))  # fmt: skip

@@ -10,7 +10,8 @@ Kp = K rounded up to 8.
 | "taps"   | [N, C, H, W] | PM [N, H, W, Kp], channels K..Kp-1 are zero          | conv_wgrad (R S > 1, groups = 1) |
 | "planes" | [N, C, H, W] | CN [K, N, H, W]                                      | grouped and depthwise wgrad      |
 
-CM rows have a stride of T rounded up to 8, so that every row starts aligned; what lies between two rows is never read.
+A store keeps no more than what was asked for, so that a budget counts it exactly; only "taps", which is made for the
+time of one kernel, is padded. Rows of a CM store are aligned where T is a multiple of 8.
 """
 
 from __future__ import annotations
@@ -84,8 +85,6 @@ def store_size(x: torch.Tensor, K: int, layout: str, stride: Sequence[int]) -> t
 
 def empty_store(like: torch.Tensor, size: Sequence[int], layout: str, dtype: torch.dtype) -> torch.Tensor:
     """An unwritten store on the device of `like`."""
-    if layout in ("tokens", "pixels"):
-        return like.new_empty_strided((size[0], size[1]), (padded(size[1]), 1), dtype=dtype)
     return like.new_empty(size, dtype=dtype)
 
 
@@ -150,7 +149,7 @@ def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequenc
     if out.numel() == 0:
         return out
     PQ, Q, sn, sp, sq, sc = source_strides(x, layout, stride)
-    row = rows if layout == "taps" else padded(tokens) if layout != "planes" else tokens
+    row = rows if layout == "taps" else tokens
     unit = 8 if row % 8 == 0 else 1
     config = select_config("store", {"T": tokens, "K": K}, x.dtype, Arch.of(x.device))
     grid = (-(-tokens // config.meta["BT"]), -(-rows // config.meta["BJ"]))
@@ -192,10 +191,8 @@ def check_store_arguments(x: torch.Tensor, layout: str, stride: Sequence[int]) -
 
 
 def store_bytes(layout: str, num_channels: int, num_tokens: int, itemsize: int) -> int:
-    """Bytes that a store keeps (alignment gaps between rows included)."""
-    if layout == "taps":
-        return num_tokens * padded(num_channels) * itemsize
-    return num_channels * (num_tokens if layout == "planes" else padded(num_tokens)) * itemsize
+    """Bytes that a store keeps."""
+    return num_tokens * (padded(num_channels) if layout == "taps" else num_channels) * itemsize
 
 
 def traffic_bytes(layout: str, num_channels: int, num_tokens: int, itemsize: int) -> int:
