@@ -34,7 +34,8 @@ Fused = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def _act_store_kernel(
     x_ptr, y_ptr, code_ptr, slots_ptr, store_ptr, seed_ptr, T, row_units, low, high,
     C: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr,
-    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, PIXEL_MAJOR: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, PIXEL_MAJOR: tl.constexpr, UNIT: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = 8 // BITS
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -48,7 +49,7 @@ def _act_store_kernel(
     tl.store(y_ptr + at, y, mask=mask)
 
     slot = tl.load(slots_ptr + c, mask=c < C, other=-1).to(tl.int64)
-    row = row_units.to(tl.int64) * 8
+    row = row_units.to(tl.int64) * UNIT
     place = t[:, None] * row + slot[None, :] if PIXEL_MAJOR else slot[None, :] * row + t[:, None]
     tl.store(store_ptr + place, y, mask=mask & (slot >= 0)[None, :])
 
@@ -65,9 +66,7 @@ def _act_store_kernel(
 
 
 def fusable(x: torch.Tensor, layout: str) -> bool:
-    """Whether x lies as the fused kernel needs it, and the store's rows aligned; otherwise the op takes two passes."""
-    if layout != "taps" and x.numel() // x.shape[-1 if layout == "tokens" else 1] % 8:
-        return False
+    """Whether x lies as the fused kernel needs it; otherwise the op takes two passes."""
     if layout == "tokens":
         return x.shape[-1] % 8 == 0 and x.is_contiguous()
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -113,9 +112,10 @@ def _act_store(
     if T:
         config = select_config("act_store", {"T": T, "C": C}, x.dtype, Arch.of(x.device))
         row = store.shape[3] if layout == "taps" else T
+        unit = 8 if row % 8 == 0 else 1
         grid = (-(-T // config.meta["BT"]), -(-C // config.meta["BC"]))
-        launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // 8, low, high, config=config,
-               C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", **code_constants(kind, bits))  # fmt: skip
+        launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // unit, low, high, config=config,
+               C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", UNIT=unit, **code_constants(kind, bits))  # fmt: skip
     return y, code, store
 
 

@@ -41,7 +41,7 @@ def fused(kind, bits, pixel_major=False, stochastic=False):
     signature = {"x_ptr": "*bf16", "y_ptr": "*bf16", "code_ptr": "*u8", "slots_ptr": "*i32", "store_ptr": "*bf16"}
     signature |= {"seed_ptr": "*i64"} if stochastic else {}
     signature |= {"T": "i32", "row_units": "i32", "low": "fp32", "high": "fp32"}
-    constants = {"C": 768, "KIND": kind, "PIXEL_MAJOR": pixel_major, **code_constants(kind, bits)}
+    constants = {"C": 768, "KIND": kind, "PIXEL_MAJOR": pixel_major, "UNIT": 8, **code_constants(kind, bits)}
     name = f"act_store {kind} {bits} bits" + " pixel-major" * pixel_major + " stochastic" * stochastic
     return case(
         name, _act_store_kernel, signature, constants, config_of("act_store"), kind == "relu6" and not pixel_major
