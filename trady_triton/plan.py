@@ -54,7 +54,7 @@ class Plan:
     seed: int = 0
     train_bias: bool = False
     train_norm: bool = False
-    policy: Policy = Policy()
+    policy: Policy = Policy()  # noqa: RUF009  frozen
 
     def sample(self, epoch: int) -> dict[str, tuple[int, ...]]:
         """The channels of an epoch: layer name -> input channel ids, ascending, for every layer of the pool.
