@@ -2,19 +2,22 @@
 
 from trady_triton.ledger import Ledger, ledger, measure
 from trady_triton.microbatch import backward_in_parts
-from trady_triton.nn import apply_plan, remove_plan
+from trady_triton.nn import apply_plan, choose_recompute, remove_plan
 from trady_triton.optimizer import TraDyOptimizer
 from trady_triton.plan import Plan
 from trady_triton.planner import make_plan
+from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking, rank_layers
 
 __all__ = [
     "Ledger",
     "Plan",
+    "Policy",
     "Ranking",
     "TraDyOptimizer",
     "apply_plan",
     "backward_in_parts",
+    "choose_recompute",
     "ledger",
     "make_plan",
     "measure",

@@ -36,6 +36,9 @@ class Policy:
         for name, choices in (("batch_norm", BATCH_NORM), ("activations", ACTIVATIONS), ("attention", ATTENTION)):
             if (value := getattr(self, name)) not in choices or isinstance(value, bool):
                 raise ValueError(f"{name} {value!r}: wanted one of {', '.join(map(repr, choices))}")
+        if self.recompute and self.batch_norm == "train":
+            raise ValueError("recompute with batch_norm 'train': the second run would update the running statistics "
+                             "again; wanted batch_norm 'eval'")  # fmt: skip
 
     @property
     def derivative_bits(self) -> int | None:

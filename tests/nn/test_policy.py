@@ -14,7 +14,8 @@ PLAN = Plan({"a": LayerShape(4, 4, 9, 9, 9)}, ("a",), ("head",), 100, CostModel(
 
 
 @pytest.mark.parametrize(
-    "policy", [Policy(), Policy("train", 8, "recompute", ("blocks.0", "blocks.1")), Policy(activations=2)]
+    "policy",
+    [Policy(), Policy("eval", 8, "recompute", ("blocks.0", "blocks.1")), Policy("train"), Policy(activations=2)],
 )
 def test_a_saved_plan_comes_back_with_its_policy(policy, tmp_path):
     plan = replace(PLAN, policy=policy)
@@ -40,6 +41,11 @@ def test_plans_of_other_policies_have_other_fingerprints():
 def test_an_unknown_choice_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Policy(**wrong)
+
+
+def test_statistics_that_a_second_run_would_update_again_are_refused():
+    with pytest.raises(ValueError, match="running statistics"):
+        Policy(batch_norm="train", recompute=("blocks.0",))
 
 
 def test_only_exact_activations_are_exact():

@@ -3,6 +3,7 @@
 from torch import nn
 
 from trady_triton.nn.activation import LeanHardsigmoid, LeanHardtanh, LeanLeakyReLU, LeanReLU, LeanReLU6
+from trady_triton.nn.choose import blocks, choose_recompute
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.dropout import LeanDropout
@@ -30,4 +31,13 @@ register_lean(nn.Dropout, LeanDropout)
 register_lean(nn.MaxPool2d, LeanMaxPool2d)
 register_lean(nn.AvgPool2d, LeanAvgPool2d)
 
-__all__ = ["AppliedPlan", "LeanConv2d", "LeanLinear", "apply_plan", "register_lean", "remove_plan"]
+__all__ = [
+    "AppliedPlan",
+    "LeanConv2d",
+    "LeanLinear",
+    "apply_plan",
+    "blocks",
+    "choose_recompute",
+    "register_lean",
+    "remove_plan",
+]

@@ -24,7 +24,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the repeated units: the innermost modules in a container, or else in a row of their type, with layers."""
+    """Names of the repeated units: the innermost modules with layers in a container, or else in a row of a type."""
     return _innermost(model, _in_container) or _innermost(model, _in_row)
 
 
