@@ -146,8 +146,12 @@ def ledger(
         autocast: dtype of torch.autocast around forward and loss.
         micro_batch: samples at a time; by default the plan's.
         weight_decay: of the optimizer: it needs a copy of a gradient for a moment.
+
+    Raises:
+        ValueError: the plan was made for another model.
     """
-    micro_batch = micro_batch or (plan.micro_batch if plan else None)
+    if micro_batch is None and plan is not None:
+        micro_batch = plan.micro_batch
     channels = plan.sample(epoch) if plan else {}
     with fake_copy(model) as twin:
         step = fake_step(twin, tuple(input_shape), target=target, loss_fn=loss_fn, autocast=autocast,
@@ -170,10 +174,20 @@ def measure(
     The step includes the update, at learning rate 0; weights, buffers, optimizer state, modes and random state are
     put back afterwards. On the CPU the peak counts live storages, on CUDA it is the allocator's.
 
+    Args:
+        model: with the optimizer's plan applied.
+        optimizer: any; without a plan it measures plain training.
+        inputs, target: a batch [N, ...], on the model's device.
+        loss_fn: `loss_fn(model(inputs), target)` -> the mean over the samples.
+        autocast: dtype of torch.autocast around forward and loss.
+        micro_batch: samples at a time; by default the plan's.
+
     Raises:
         RuntimeError: there are gradients, which the measurement would spoil.
     """
-    step = Step(inputs, target, loss_fn, autocast, micro_batch or _planned_micro_batch(optimizer))
+    if micro_batch is None:
+        micro_batch = getattr(getattr(optimizer, "plan", None), "micro_batch", None)
+    step = Step(inputs, target, loss_fn, autocast, micro_batch)
     with _unchanged(model, optimizer):
         model.train()
         return _keep_books(model, optimizer, step)
@@ -282,11 +296,6 @@ def _not_lean(model: nn.Module, kept: Mapping[str, int]) -> dict[str, dict[str, 
         if name not in lean:
             found.setdefault(type(modules[name]).__name__, {})[name] = size
     return found
-
-
-def _planned_micro_batch(optimizer: Optimizer) -> int | None:
-    plan = getattr(optimizer, "plan", None)
-    return plan.micro_batch if isinstance(plan, Plan) else None
 
 
 def _slots(model: nn.Module) -> list[ChannelSlot]:

@@ -70,7 +70,7 @@ def fit_memory(
     if options.get("cost_model", "exact") != "exact":
         raise ValueError(f"cost_model {options['cost_model']!r}: a promise of memory needs the exact costs")
     with fake_copy(model) as twin:
-        for size in [micro_batch] if micro_batch else _divisions(shape[0], twin, options):
+        for size in _divisions(shape[0], twin, options) if micro_batch is None else [micro_batch]:
             step = fake_step(twin, shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
             search = _Search(twin, ranking, step, limit, options)
             if search.fits(search.enough):
@@ -109,7 +109,10 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
 
 def parse_memory(memory: int | str) -> int:
     """Bytes: 1048576 or "1MiB"."""
-    return parse_budget(memory)[0]
+    try:
+        return parse_budget(memory)[0]
+    except ValueError as error:
+        raise ValueError(f"memory {memory!r}: wanted bytes, as a positive integer or such as '2GiB'") from error
 
 
 class _Search:
