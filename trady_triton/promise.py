@@ -30,8 +30,8 @@ from trady_triton.nn import remove_plan
 from trady_triton.plan import Plan, make_plan, parse_budget
 from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking
-from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, train_under
-from trady_triton.slot import ChannelSlot, find_slot
+from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under
+from trady_triton.slot import ChannelSlot
 
 ENOUGH = 0.1  # the share of its pool that a budget should pay for before a batch is left whole
 
@@ -92,7 +92,7 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     costs = {name: plan.cost.channel_cost(plan.shapes[name]) for name in plan.pool}
     most = {name: range(min(plan.shapes[name].in_channels, plan.budget // cost)) for name, cost in costs.items()}
     optimizer = train_under(model, plan, most, weight_decay=1.0)
-    slots = [slot for parameter in model.parameters() if (slot := find_slot(parameter))]
+    slots = slots_of(model)
     two_parts = 2 * step.part[0].shape[0]  # a third would only repeat the second
     short = replace(step, inputs=step.inputs[:two_parts], target=step.target[:two_parts])
     with _Timeline() as timeline, _without_channels(model, plan, slots, timeline):
