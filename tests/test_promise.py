@@ -165,6 +165,20 @@ def test_a_plan_needs_a_budget_or_a_memory_with_the_model(options: dict, message
         make_plan(toy()[1], **options)
 
 
+@pytest.mark.parametrize("memory", ["much", -1, 0, 1.5, True])
+def test_a_memory_is_bytes(memory: object) -> None:
+    net, ranking = toy()
+    with pytest.raises(ValueError, match=r"memory .*: wanted bytes"):
+        make_plan(ranking, memory=memory, model=net, input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("micro_batch", [0, -2, True])
+def test_a_micro_batch_is_a_count_of_samples(micro_batch: object) -> None:
+    net, ranking = toy()
+    with pytest.raises(ValueError, match=r"micro_batch .*: wanted None or an integer"):
+        make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, micro_batch=micro_batch)
+
+
 def test_a_memory_needs_exact_costs() -> None:
     net, ranking = toy()
     with pytest.raises(ValueError, match="exact costs"):

@@ -7,8 +7,7 @@ content, so it needs neither the memory nor the time of the step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,9 +17,8 @@ from torch.optim import Optimizer
 
 from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory
 from trady_triton.plan import Plan
-from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, train_under
+from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under, trained_by, unchanged
 from trady_triton.serial import read_json, write_json
-from trady_triton.slot import ChannelSlot, find_slot
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,12 @@ def ledger(
         autocast: dtype of torch.autocast around forward and loss.
         micro_batch: samples at a time; by default the plan's.
         weight_decay: of the optimizer: it needs a copy of a gradient for a moment.
+
+    Raises:
+        ValueError: the plan was made for another model.
     """
-    micro_batch = micro_batch or (plan.micro_batch if plan else None)
+    if micro_batch is None and plan is not None:
+        micro_batch = plan.micro_batch
     channels = plan.sample(epoch) if plan else {}
     with fake_copy(model) as twin:
         step = fake_step(twin, tuple(input_shape), target=target, loss_fn=loss_fn, autocast=autocast,
@@ -170,11 +172,21 @@ def measure(
     The step includes the update, at learning rate 0; weights, buffers, optimizer state, modes and random state are
     put back afterwards. On the CPU the peak counts live storages, on CUDA it is the allocator's.
 
+    Args:
+        model: with the optimizer's plan applied.
+        optimizer: any; without a plan it measures plain training.
+        inputs, target: a batch [N, ...], on the model's device.
+        loss_fn: `loss_fn(model(inputs), target)` -> the mean over the samples.
+        autocast: dtype of torch.autocast around forward and loss.
+        micro_batch: samples at a time; by default the plan's.
+
     Raises:
         RuntimeError: there are gradients, which the measurement would spoil.
     """
-    step = Step(inputs, target, loss_fn, autocast, micro_batch or _planned_micro_batch(optimizer))
-    with _unchanged(model, optimizer):
+    if micro_batch is None:
+        micro_batch = getattr(getattr(optimizer, "plan", None), "micro_batch", None)
+    step = Step(inputs, target, loss_fn, autocast, micro_batch)
+    with unchanged(model, optimizer):
         model.train()
         return _keep_books(model, optimizer, step)
 
@@ -188,9 +200,9 @@ def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
     with peak_memory(step.inputs.device) as peak:
         step.backward(model)
         optimizer.step()
-    slots = {id(slot.proxy): slot for slot in _slots(model)}
-    compact = _grad_bytes(p for p in _trained(optimizer) if id(p) in slots)
-    whole = _grad_bytes(p for p in _trained(optimizer) if id(p) not in slots)
+    slots = {id(slot.proxy): slot for slot in slots_of(model)}
+    compact = _grad_bytes(p for p in trained_by(optimizer) if id(p) in slots)
+    whole = _grad_bytes(p for p in trained_by(optimizer) if id(p) not in slots)
     optimizer.zero_grad()
     with FlopsByKind(model) as flops:
         step.backward(model)
@@ -219,49 +231,6 @@ def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
     )
 
 
-@contextmanager
-def _unchanged(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Put back what a step at learning rate 0 could change: it still turns -0 to 0, and all to NaN if the loss is."""
-    if any(parameter.grad is not None for parameter in [*model.parameters(), *_trained(optimizer)]):
-        raise RuntimeError("there are gradients: call optimizer.zero_grad() before a step is measured")
-    slots = _slots(model)
-    drawn = [slot.gather() for slot in slots]
-    whole = [*(p for p in _trained(optimizer) if not any(p is slot.proxy for slot in slots)), *model.buffers()]
-    before = [tensor.detach().clone() for tensor in whole]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    modes = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
-    try:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        with _state_kept(optimizer), torch.random.fork_rng(devices), torch.enable_grad():
-            yield
-    finally:
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for tensor, value in zip(whole, before, strict=True):
-                tensor.copy_(value)
-            for slot, value in zip(slots, drawn, strict=True):
-                slot.scatter_(value)
-
-
-@contextmanager
-def _state_kept(optimizer: Optimizer) -> Iterator[None]:
-    state = {
-        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
-        for parameter, entry in optimizer.state.items()
-    }
-    try:
-        yield
-    finally:
-        optimizer.state.clear()
-        optimizer.state.update(state)
-
-
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages of tensors."""
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -282,19 +251,6 @@ def _not_lean(model: nn.Module, kept: Mapping[str, int]) -> dict[str, dict[str, 
         if name not in lean:
             found.setdefault(type(modules[name]).__name__, {})[name] = size
     return found
-
-
-def _planned_micro_batch(optimizer: Optimizer) -> int | None:
-    plan = getattr(optimizer, "plan", None)
-    return plan.micro_batch if isinstance(plan, Plan) else None
-
-
-def _slots(model: nn.Module) -> list[ChannelSlot]:
-    return [slot for parameter in model.parameters() if (slot := find_slot(parameter)) is not None]
-
-
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _grad_bytes(parameters: Iterable[Tensor]) -> int:

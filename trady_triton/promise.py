@@ -30,8 +30,8 @@ from trady_triton.nn import remove_plan
 from trady_triton.plan import Plan, make_plan, parse_budget
 from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking
-from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, train_under
-from trady_triton.slot import ChannelSlot, find_slot
+from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under
+from trady_triton.slot import ChannelSlot
 
 ENOUGH = 0.1  # the share of its pool that a budget should pay for before a batch is left whole
 
@@ -70,7 +70,7 @@ def fit_memory(
     if options.get("cost_model", "exact") != "exact":
         raise ValueError(f"cost_model {options['cost_model']!r}: a promise of memory needs the exact costs")
     with fake_copy(model) as twin:
-        for size in [micro_batch] if micro_batch else _divisions(shape[0], twin, options):
+        for size in _divisions(shape[0], twin, options) if micro_batch is None else [micro_batch]:
             step = fake_step(twin, shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
             search = _Search(twin, ranking, step, limit, options)
             if search.fits(search.enough):
@@ -92,7 +92,7 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     costs = {name: plan.cost.channel_cost(plan.shapes[name]) for name in plan.pool}
     most = {name: range(min(plan.shapes[name].in_channels, plan.budget // cost)) for name, cost in costs.items()}
     optimizer = train_under(model, plan, most, weight_decay=1.0)
-    slots = [slot for parameter in model.parameters() if (slot := find_slot(parameter))]
+    slots = slots_of(model)
     two_parts = 2 * step.part[0].shape[0]  # a third would only repeat the second
     short = replace(step, inputs=step.inputs[:two_parts], target=step.target[:two_parts])
     with _Timeline() as timeline, _without_channels(model, plan, slots, timeline):
@@ -109,7 +109,10 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
 
 def parse_memory(memory: int | str) -> int:
     """Bytes: 1048576 or "1MiB"."""
-    return parse_budget(memory)[0]
+    try:
+        return parse_budget(memory)[0]
+    except ValueError as error:
+        raise ValueError(f"memory {memory!r}: wanted bytes, as a positive integer or such as '2GiB'") from error
 
 
 class _Search:

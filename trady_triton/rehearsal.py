@@ -17,6 +17,7 @@ from trady_triton.microbatch import backward_in_parts, casts, check_micro_batch
 from trady_triton.nn import apply_plan, remove_plan
 from trady_triton.optimizer import TraDyOptimizer
 from trady_triton.plan import Plan
+from trady_triton.slot import ChannelSlot, find_slot
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,3 +112,56 @@ def train_under(
     optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan, lr=0.0, weight_decay=weight_decay)
     optimizer._install(0, channels)
     return optimizer
+
+
+@contextmanager
+def unchanged(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Put back what a step at learning rate 0 could change: it still turns -0 to 0, and all to NaN if the loss is."""
+    if any(parameter.grad is not None for parameter in [*model.parameters(), *trained_by(optimizer)]):
+        raise RuntimeError("there are gradients: call optimizer.zero_grad() before a step is measured")
+    slots = slots_of(model)
+    drawn = [slot.gather() for slot in slots]
+    whole = [*(p for p in trained_by(optimizer) if not any(p is slot.proxy for slot in slots)), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in whole]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        with _state_kept(optimizer), torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for tensor, value in zip(whole, before, strict=True):
+                tensor.copy_(value)
+            for slot, value in zip(slots, drawn, strict=True):
+                slot.scatter_(value)
+
+
+@contextmanager
+def _state_kept(optimizer: Optimizer) -> Iterator[None]:
+    state = {
+        parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for parameter, entry in optimizer.state.items()
+    }
+    try:
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+
+def slots_of(model: nn.Module) -> list[ChannelSlot]:
+    """The slots of a planned model's weights, one a weight."""
+    return [slot for parameter in model.parameters() if (slot := find_slot(parameter)) is not None]
+
+
+def trained_by(optimizer: Optimizer) -> list[Tensor]:
+    """All that has gradients: parameters that are trained whole, and proxies."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
