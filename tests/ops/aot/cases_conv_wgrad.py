@@ -13,7 +13,8 @@ CI = {(56, 8, "nhwc"), (14, 8, "nchw")}
 def case(size, K, layout, *, kernel=3, stride=1, partial=True):
     P = (size + 2 * (kernel // 2) - kernel) // stride + 1
     PQ, taps = P * P, kernel * kernel
-    config = select_config("conv_wgrad", {"T": 128 * PQ, "O": 256, "K": K, "TAPS": taps}, torch.bfloat16, SM_90)
+    shape = {"T": 128 * PQ, "O": 256, "K": K, "TAPS": taps, "PQ": PQ}
+    config = select_config("conv_wgrad", shape, torch.bfloat16, SM_90)
     signature = {"x_ptr": "*bf16", "dy_ptr": "*bf16", "out_ptr": "*fp32"}
     signature |= dict.fromkeys(("N", "O", "K", "UNITS", "image", "pixel", "steps"), "i32")
     constexprs = {
