@@ -161,7 +161,7 @@ def test_flop_counter_and_bytes(generator):
 def test_rule_stays_within_the_limits():
     rng = random.Random(0)
     for _ in range(10_000):
-        most = {"T": 10**6, "O": 4096, "K": 512, "TAPS": 121}
+        most = {"T": 10**6, "O": 4096, "K": 512, "TAPS": 121, "PQ": 12544}
         shape = {name: rng.randint(1, size) for name, size in most.items()}
         dtype = rng.choice([torch.float32, torch.bfloat16])
         config = select_config.select_config("conv_wgrad", shape, dtype, select_config.Arch("sm_90"))

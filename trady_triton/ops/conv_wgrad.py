@@ -106,11 +106,12 @@ def conv_wgrad_ref(
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """Up to 256 rows (tap, channel) for each pass over dy; as many splits of the pixels as fill the device.
 
+    Where dy is read in 2-byte pieces (7 x 7 pixels, NCHW) half a tile of outputs keeps them all in registers.
     Above 256 channels arithmetic bounds the layer, and exact fp32 has no matrix units: there cuDNN on the compact data.
     """
     rows, T, O, taps = shape["TAPS"] * padded(shape["K"]), shape["T"], shape["O"], shape["TAPS"]
     BM = min(max(next_power_of_2(rows), 32), 256 if dtype != torch.float32 else 64)
-    BN = min(max(next_power_of_2(O), 16), 64)
+    BN = min(max(next_power_of_2(O), 16), 32 if shape["PQ"] % 4 else 64)
     BK = 32 if dtype == torch.float32 else 64
     programs = ceil_div(rows, BM) * ceil_div(O, BN)
     partial_bytes = 4 * taps * shape["K"] * O
@@ -168,7 +169,7 @@ def _impl(
     if k == 0 or not use_triton(x) or not fits_kernel(x, dy):
         return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)
     O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
-    shape = {"T": dy.numel() // O, "O": O, "K": k, "TAPS": taps}
+    shape = {"T": dy.numel() // O, "O": O, "K": k, "TAPS": taps, "PQ": dy.shape[2] * dy.shape[3]}
     config = select_config("conv_wgrad", shape, x.dtype, Arch.of(x.device))
     if config.backend == "mm" and backend() != "triton":
         return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)

@@ -11,14 +11,16 @@ CI = {(56, 8, "nhwc"), (14, 8, "nchw")}
 
 
 def case(size, K, layout, *, kernel=3, stride=1, partial=True):
-    P = (size + 2 * (kernel // 2) - kernel) // stride + 1
+    pad = (kernel - 1) // 2
+    P = (size + 2 * pad - kernel) // stride + 1
     PQ, taps = P * P, kernel * kernel
-    config = select_config("conv_wgrad", {"T": 128 * PQ, "O": 256, "K": K, "TAPS": taps}, torch.bfloat16, SM_90)
+    shape = {"T": 128 * PQ, "O": 256, "K": K, "TAPS": taps, "PQ": PQ}
+    config = select_config("conv_wgrad", shape, torch.bfloat16, SM_90)
     signature = {"x_ptr": "*bf16", "dy_ptr": "*bf16", "out_ptr": "*fp32"}
     signature |= dict.fromkeys(("N", "O", "K", "UNITS", "image", "pixel", "steps"), "i32")
     constexprs = {
         "H": size, "W": size, "PQ": PQ, "Q": P, "TAPS": taps, "S": kernel, "STRIDE_H": stride, "STRIDE_W": stride,
-        "TOP": kernel // 2, "LEFT": kernel // 2, "DILATION_H": 1, "DILATION_W": 1,
+        "TOP": pad, "LEFT": pad, "DILATION_H": 1, "DILATION_W": 1,
         "CHANNEL": 1 if layout == "nhwc" else PQ, "PARTIAL": partial, "PREC": "ieee", "UP": False, **config.meta,
     }  # fmt: skip
     if layout == "nchw":  # the JIT makes a constant of a stride of one
