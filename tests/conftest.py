@@ -1,6 +1,12 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests. Kernels run in triton's interpreter unless TRITON_INTERPRET=0 says otherwise.
+
+The variable must be set before triton is imported for the first time, which the library does.
+"""
 
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pathlib import Path
 
 import pytest

@@ -31,7 +31,7 @@ ALLOWED = {
     "ledger": {"torch", "meters", "plan", "rehearsal", "serial"},
     "promise": {"torch", "ledger", "meters", "nn", "plan", "policy", "ranking", "rehearsal", "slot"},
     "planner": {"torch", "plan", "promise", "ranking"},
-    "__init__": {"ledger", "microbatch", "nn", "optimizer", "plan", "planner", "ranking"},
+    "__init__": {"ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 
 
@@ -41,7 +41,7 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
             names.add(f"{node.module}.{node.names[0].name}" if node.module == "trady_triton" else node.module)
     rooms = {name.split(".")[1] if name.startswith("trady_triton.") else name.split(".")[0] for name in names}
     return rooms - set(sys.stdlib_module_names)

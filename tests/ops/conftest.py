@@ -1,11 +1,6 @@
-"""Op tests run kernels in triton's interpreter on the CPU; `TRITON_INTERPRET=0 pytest -m gpu` runs on a device.
-
-The variable must be set before triton is imported for the first time.
-"""
+"""Op tests force the kernels: in the interpreter on the CPU, or with `TRITON_INTERPRET=0 pytest -m gpu` on a device."""
 
 import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

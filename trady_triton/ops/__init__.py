@@ -1,17 +1,17 @@
 """Kernels with a torch twin each: compact stores, sparse weight gradients, fused updates, packed derivatives."""
 
-from .act_pack import act_pack, act_unpack
-from .act_store import act_store
-from .bias_grad import bias_grad
-from .conv_wgrad import conv_wgrad
-from .dequantize import dequantize_channels
-from .grouped_wgrad import grouped_wgrad
-from .quantize import quantize_channels
-from .scatter_update import adamw_hyper, scatter_update_, sgd_hyper, update_tables
-from .splitk_reduce import splitk_reduce_
-from .store import store_channels
-from .token_wgrad import token_wgrad
-from .wgrad_norm import conv_wgrad_sqnorm, wgrad_sqnorm
+from trady_triton.ops.act_pack import act_pack, act_unpack
+from trady_triton.ops.act_store import act_store
+from trady_triton.ops.bias_grad import bias_grad
+from trady_triton.ops.conv_wgrad import conv_wgrad
+from trady_triton.ops.dequantize import dequantize_channels
+from trady_triton.ops.grouped_wgrad import grouped_wgrad
+from trady_triton.ops.quantize import quantize_channels
+from trady_triton.ops.scatter_update import adamw_hyper, scatter_update_, sgd_hyper, update_tables
+from trady_triton.ops.splitk_reduce import splitk_reduce_
+from trady_triton.ops.store import store_channels
+from trady_triton.ops.token_wgrad import token_wgrad
+from trady_triton.ops.wgrad_norm import conv_wgrad_sqnorm, wgrad_sqnorm
 
 __all__ = [
     "act_pack",

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .activation import EXACT, SMOOTH, activate, activation_ref, bounds, derivative_ref
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .philox import random16, random16_ref
-from .select_config import Arch, Config, Shape, rule, select_config
+from trady_triton.ops.activation import EXACT, SMOOTH, activate, activation_ref, bounds, derivative_ref
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.philox import random16, random16_ref
+from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
 
 _GATHER_BITS = 0x0102040810204080  # times eight bytes 0/1: byte i becomes bit i of the top byte
 _GATHER_PAIRS = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .act_pack import (
+from trady_triton.ops.act_pack import (
     act_pack_ref,
     check_bits,
     code_bytes,
@@ -18,12 +18,12 @@ from .act_pack import (
     derivative_code,
     pack_bytes,
 )
-from .activation import activate, bounds
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .philox import random16
-from .select_config import Arch, Config, Shape, rule, select_config
-from .store import check_store_arguments, empty_store, store_bytes, store_channels_ref, store_size
+from trady_triton.ops.activation import activate, bounds
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.philox import random16
+from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
+from trady_triton.ops.store import check_store_arguments, empty_store, store_bytes, store_channels_ref, store_size
 
 FUSED_LAYOUTS = ("tokens", "pixels", "taps")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .dispatch import jit, tl
+from trady_triton.ops.dispatch import jit, tl
 
 
 @dataclass(frozen=True)

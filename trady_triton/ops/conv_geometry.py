@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .select_config import MAX_WORKSPACE_BYTES, Arch
-from .token_layout import token_layout
+from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES, Arch
+from trady_triton.ops.token_layout import token_layout
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,13 +15,22 @@ from typing import Any
 
 import torch
 
-from .conv_geometry import ceil_div, check_pair, fit_padding, fits_kernel, image_strides, in_place, split_count, upcast
-from .dispatch import INTERPRET, backend, jit, launch, tl, use_triton
-from .library import register_op
-from .select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
-from .store import padded
-from .tile import dot_precision, tile_dot
-from .workspace import workspace
+from trady_triton.ops.conv_geometry import (
+    ceil_div,
+    check_pair,
+    fit_padding,
+    fits_kernel,
+    image_strides,
+    in_place,
+    split_count,
+    upcast,
+)
+from trady_triton.ops.dispatch import INTERPRET, backend, jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
+from trady_triton.ops.store import padded
+from trady_triton.ops.tile import dot_precision, tile_dot
+from trady_triton.ops.workspace import workspace
 
 
 @jit(do_not_specialize=["N", "K", "UNITS", "steps"])

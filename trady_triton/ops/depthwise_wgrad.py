@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .conv_geometry import ceil_div, image_strides, split_count
-from .dispatch import INTERPRET, jit, launch, tl
-from .select_config import Arch, Config, Shape, next_power_of_2, rule
-from .tile import dot_precision, tile_dot
+from trady_triton.ops.conv_geometry import ceil_div, image_strides, split_count
+from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule
+from trady_triton.ops.tile import dot_precision, tile_dot
 
 MAX_COLUMNS = 256
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .select_config import Arch, Config, Shape, rule, select_config
-from .store import empty_store, padded
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
+from trady_triton.ops.store import empty_store, padded
 
 GROUP = 128
 _WHOLE, _HALVES, _PAIRS = 0, 1, 2  # how codes share a byte: not at all, tokens i and F + i, channels 2b and 2b + 1

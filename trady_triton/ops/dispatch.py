@@ -3,7 +3,7 @@
 Use in an op file (triton stays optional: without it `jit` leaves the function alone and `tl` is None):
 
     from __future__ import annotations            # keeps `tl.constexpr` annotations unevaluated
-    from .dispatch import INTERPRET, jit, launch, tl, use_triton
+    from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl, use_triton
 
     @jit(do_not_specialize=["K"])
     def _kernel(x_ptr, K, BLOCK: tl.constexpr): ...
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import triton
     import triton.language as tl
 
-    from .select_config import Config
+    from trady_triton.ops.select_config import Config
 else:
     try:
         import triton

@@ -14,15 +14,24 @@ from typing import Any
 
 import torch
 
-from .conv_geometry import ceil_div, check_pair, fit_padding, fits_kernel, image_strides, in_place, split_count, upcast
-from .depthwise_wgrad import depthwise_shape, depthwise_wgrad_launch, dequantize_tile
-from .dispatch import INTERPRET, jit, launch, tl, use_triton
-from .library import register_op
-from .quantize import dequantize_channels_ref, quantized_bytes
-from .select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
-from .splitk_reduce import splitk_reduce_launch
-from .tile import dot_precision, tile_dot
-from .workspace import workspace
+from trady_triton.ops.conv_geometry import (
+    ceil_div,
+    check_pair,
+    fit_padding,
+    fits_kernel,
+    image_strides,
+    in_place,
+    split_count,
+    upcast,
+)
+from trady_triton.ops.depthwise_wgrad import depthwise_shape, depthwise_wgrad_launch, dequantize_tile
+from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.quantize import dequantize_channels_ref, quantized_bytes
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
+from trady_triton.ops.splitk_reduce import splitk_reduce_launch
+from trady_triton.ops.tile import dot_precision, tile_dot
+from trady_triton.ops.workspace import workspace
 
 MAX_DIAGONAL_OUTPUTS = 8
 

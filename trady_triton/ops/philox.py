@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import jit, tl
+from trady_triton.ops.dispatch import jit, tl
 
 VALUES_PER_COUNTER = 8
 _MASK32 = 0xFFFFFFFF

@@ -28,15 +28,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .dequantize import GROUP as GROUP
-from .dequantize import dequantize_channels as dequantize_channels
-from .dequantize import dequantize_channels_ref as dequantize_channels_ref
-from .dequantize import group_size, half_group, packing, row_stride, units
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .philox import random16, random16_ref
-from .select_config import Arch, Config, Shape, rule, select_config
-from .store import (
+from trady_triton.ops.dequantize import GROUP as GROUP
+from trady_triton.ops.dequantize import dequantize_channels as dequantize_channels
+from trady_triton.ops.dequantize import dequantize_channels_ref as dequantize_channels_ref
+from trady_triton.ops.dequantize import group_size, half_group, packing, row_stride, units
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.philox import random16, random16_ref
+from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
+from trady_triton.ops.store import (
     check_store_arguments,
     padded,
     source_strides,

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .philox import random16, random16_ref
-from .select_config import Config
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.philox import random16, random16_ref
+from trady_triton.ops.select_config import Config
 
 ALGORITHMS = ("sgd", "adamw")
 HYPER_COLUMNS = 7

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import jit, launch, tl, use_triton
-from .library import register_op
-from .select_config import Arch, Config, Shape, rule, select_config
+from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
 
 
 @jit(do_not_specialize=["S"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import jit, tl
+from trady_triton.ops.dispatch import jit, tl
 
 
 @jit

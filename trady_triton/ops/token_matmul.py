@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .select_config import MAX_WORKSPACE_BYTES
+from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES
 
 
 def token_matmul(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:

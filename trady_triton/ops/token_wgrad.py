@@ -11,16 +11,24 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from .dequantize import GROUP, dequantize_channels_ref
-from .dispatch import INTERPRET, backend, deterministic, jit, launch, tl, use_triton
-from .library import register_op
-from .quantize import quantized_bytes
-from .select_config import MAX_WORKSPACE_BYTES, Arch, Config, Shape, next_power_of_2, rule, select_config
-from .splitk_reduce import splitk_reduce_launch
-from .tile import dot_precision, load_tokens, tile_dot
-from .token_layout import TokenLayout, as_batches, out_of_int32, token_layout
-from .token_matmul import token_matmul
-from .workspace import workspace
+from trady_triton.ops.dequantize import GROUP, dequantize_channels_ref
+from trady_triton.ops.dispatch import INTERPRET, backend, deterministic, jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.quantize import quantized_bytes
+from trady_triton.ops.select_config import (
+    MAX_WORKSPACE_BYTES,
+    Arch,
+    Config,
+    Shape,
+    next_power_of_2,
+    rule,
+    select_config,
+)
+from trady_triton.ops.splitk_reduce import splitk_reduce_launch
+from trady_triton.ops.tile import dot_precision, load_tokens, tile_dot
+from trady_triton.ops.token_layout import TokenLayout, as_batches, out_of_int32, token_layout
+from trady_triton.ops.token_matmul import token_matmul
+from trady_triton.ops.workspace import workspace
 
 
 @jit

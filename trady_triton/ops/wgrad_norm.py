@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from torch.nn.grad import conv2d_weight
 
-from .dispatch import INTERPRET, backend, jit, launch, tl, use_triton
-from .library import register_op
-from .select_config import MAX_WORKSPACE_BYTES, Arch, Config, Shape, next_power_of_2, rule, select_config
-from .splitk_reduce import splitk_reduce_launch
-from .tile import dot_precision, load_tokens, tile_dot
-from .token_layout import TokenLayout, as_batches, in_same_batches, out_of_int32, token_layout
-from .token_matmul import token_matmul
-from .workspace import workspace
+from trady_triton.ops.dispatch import INTERPRET, backend, jit, launch, tl, use_triton
+from trady_triton.ops.library import register_op
+from trady_triton.ops.select_config import (
+    MAX_WORKSPACE_BYTES,
+    Arch,
+    Config,
+    Shape,
+    next_power_of_2,
+    rule,
+    select_config,
+)
+from trady_triton.ops.splitk_reduce import splitk_reduce_launch
+from trady_triton.ops.tile import dot_precision, load_tokens, tile_dot
+from trady_triton.ops.token_layout import TokenLayout, as_batches, in_same_batches, out_of_int32, token_layout
+from trady_triton.ops.token_matmul import token_matmul
+from trady_triton.ops.workspace import workspace
 
 
 @jit

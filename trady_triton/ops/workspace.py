@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .select_config import MAX_WORKSPACE_BYTES, next_power_of_2
+from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES, next_power_of_2
 
 _BUFFERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
