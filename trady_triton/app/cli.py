@@ -7,8 +7,9 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import torch
 import typer
@@ -22,6 +23,7 @@ from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Run, Settings
 from trady_triton.app.loader import Batches
 from trady_triton.app.planning import (
     describe,
+    ledgers,
     load_plan,
     load_ranking,
     parse_budget_option,
@@ -29,7 +31,7 @@ from trady_triton.app.planning import (
     rank_on,
     rank_on_noise,
 )
-from trady_triton.app.tables import RunBar, plan_summary, plan_table
+from trady_triton.app.tables import RunBar, ledger_table, plan_summary, plan_table
 
 app = typer.Typer(
     help="Fine-tune pretrained networks inside a strict memory budget (TraDy).",
@@ -117,7 +119,8 @@ def rank(
 @reported
 def plan(
     net: Net,
-    budget: Annotated[str, typer.Option(help="Elements for one sample (27946), or bytes for a batch (256KiB).")],
+    budget: Budget = None,
+    memory: Annotated[str | None, typer.Option(help="Bytes of the whole step (2GiB), instead of --budget.")] = None,
     image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples whose inputs are stored at once; for bytes.")] = 1,
     cost_model: CostModelName = "exact",
@@ -131,25 +134,33 @@ def plan(
     model_args: ModelArgs = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Predict the memory and FLOPs of a step.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the bytes kept for the backward into this PNG.")] = None,
 ) -> None:
     """Show what a memory budget buys: costs, pool, expected draws and savings."""
     model = prepare(net, weights, pretrained, model_args, image_size, seed)
     size = input_size(model, image_size)
     measured = load_ranking(ranking, model, size) if ranking else quick_ranking(model, size, 8, 4, seed)
-    made = make_plan(
-        measured,
-        budget=parse_budget_option(budget),
-        batch_size=batch_size,
-        cost_model=cost_model,
-        k=k,
-        coverage=coverage,
-        fill=fill,
-        seed=seed,
-    )
+    if (budget is None) == (memory is None):
+        raise ValueError("--budget and --memory: wanted one of them")
+    if budget is not None:
+        target: dict[str, Any] = {"budget": parse_budget_option(budget), "batch_size": batch_size}
+    else:
+        target = {"memory": memory, "model": model, "input_shape": (batch_size, 3, size, size)}
+    options: dict[str, Any] = {"cost_model": cost_model, "k": k, "coverage": coverage, "fill": fill, "seed": seed}
+    made = make_plan(measured, **target, **options)
+    books = ledgers(model, made, size, batch_size) if ledger or plot else {}
     if as_json:
-        print(json.dumps(describe(made, net)))
+        print(json.dumps(describe(made, net) | ({"ledger": asdict(books["trady"])} if ledger else {})))
     else:
         show_plan(made)
+        if ledger:
+            Console(width=None if sys.stdout.isatty() else 120).print(ledger_table(books))
+    if plot is not None:
+        from trady_triton.app.plots import plot_memory
+
+        plot_memory({method: entry.kept_by_kind for method, entry in books.items()}, plot, title=net)
+        note(f"plot written to {plot}")
     if out is not None:
         made.save(out)
         note(f"plan written to {out}")

@@ -161,6 +161,7 @@ class Run:
             scheduler=self.scheduler,
             first_update=self.epoch * self.batches.train_steps + self.step,
             max_grad_norm=self.settings.max_grad_norm,
+            micro_batch=None if self.plan is None else self.plan.micro_batch,
             on_step=after_step,
         )
         self.records.append(self._record(result))

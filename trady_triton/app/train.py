@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
-from trady_triton import Plan, TraDyOptimizer, apply_plan
+from trady_triton import Plan, TraDyOptimizer, apply_plan, backward_in_parts
 from trady_triton.ranking import find_head
 
 METHODS = ("trady", "full", "head")
@@ -98,6 +98,7 @@ def train_epoch(
     scheduler: Scheduler | None = None,
     first_update: int = 0,
     max_grad_norm: float | None = None,
+    micro_batch: int | None = None,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> EpochResult:
     """Train on every batch once. Call `start_epoch(optimizer, epoch)` before.
@@ -106,6 +107,7 @@ def train_epoch(
         scheduler: a timm scheduler in steps; after each step it is told the number of updates made so far.
         first_update: the updates made in earlier epochs.
         max_grad_norm: clip the total norm of everything that is trained to this.
+        micro_batch: samples of a batch that are forwarded at once, as a plan for a memory has it; None for all.
         on_step: called when a step is complete; an exception that it raises leaves model and optimizer between steps.
 
     Raises:
@@ -116,7 +118,8 @@ def train_epoch(
     loss_sum, correct, samples, steps = 0.0, 0, 0, 0
     start = time.perf_counter()
     for inputs, target in batches:
-        loss, hits = train_step(model, optimizer, inputs.to(device), target.to(device), loss_fn, max_grad_norm)
+        inputs, target = inputs.to(device), target.to(device)
+        loss, hits = train_step(model, optimizer, inputs, target, loss_fn, max_grad_norm, micro_batch)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {steps}: lower the learning rate, or clip the gradient norm")
         loss_sum, correct, samples = loss_sum + loss * len(target), correct + hits, samples + len(target)
@@ -137,16 +140,22 @@ def train_step(
     target: Tensor,
     loss_fn: Loss,
     max_grad_norm: float | None = None,
+    micro_batch: int | None = None,
 ) -> tuple[float, int]:
     """One update; the loss and the number of right answers before it."""
+    hits = 0
+
+    def scored(output: Tensor, part: Tensor) -> Tensor:
+        nonlocal hits
+        hits += int((output.detach().argmax(1) == part).sum())
+        return loss_fn(output, part)
+
     optimizer.zero_grad()
-    output = model(inputs)
-    loss = loss_fn(output, target)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = backward_in_parts(model, inputs, target, scored, micro_batch)
     if max_grad_norm is not None:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     optimizer.step()
-    return loss.item(), int((output.detach().argmax(1) == target).sum())
+    return loss.item(), hits
 
 
 @torch.no_grad()
