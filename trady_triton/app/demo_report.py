@@ -11,7 +11,6 @@ from rich.table import Table
 from trady_triton.app.step_cost import StepCost
 
 _KIB, _MIB = 1 << 10, 1 << 20
-_NOT_LEAN = ("normalisation", "activation")
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,12 @@ def closing_lines(report: Report) -> list[str]:
         "Budget: compact inputs and compact gradients of the drawn channels; used: the most that was measured in any "
         "epoch. The head is trained beside it. Memory and FLOPs are those of the epoch that keeps most.",
     ]  # fmt: skip
-    planned = [result for result in report.results if result.budget_bytes is not None]
-    for result in planned:
-        plain = sum(result.cost.kept_by_kind.get(kind, 0) for kind in _NOT_LEAN)
-        if plain > result.cost.channel_bytes:
-            kept, share = mib(result.cost.kept_bytes), plain / result.cost.kept_bytes
+    for result in report.results:
+        if result.budget_bytes is not None:
+            kept, kinds = result.cost.kept_bytes, result.cost.kept_by_kind
             lines.append(
-                f"{result.method.label} keeps {kept} MiB, {share:.0%} of it inputs of normalisation "
-                "and activation layers: this version thins convolutions and linear layers, and leaves those as plain "
-                "PyTorch has them."
+                f"{result.method.label} keeps {mib(kept)} MiB for the backward: "
+                + ", ".join(f"{size / kept:.0%} {kind}" for kind, size in kinds.items() if size / kept >= 0.005) + "."
             )  # fmt: skip
     return lines
 
