@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OLDEST := .venv-oldest
+INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu test-oldest lint clean
 
 # Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
@@ -13,21 +14,32 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# The kernels on a device instead of in the interpreter.
+test-gpu: $(VENV)/.dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# The same suite with the oldest torch and triton that are supported.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.created:
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo]"
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e ".[demo]"
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e ".[demo,dev]"
+$(OLDEST)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(INSTALL) "torch==2.11.0" "triton==3.6.0" -e ".[demo,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

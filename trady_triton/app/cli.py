@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from trady_triton import Plan, Ranking, make_plan
+from trady_triton import Plan, Ranking, choose_recompute, make_plan
 from trady_triton.app.build import build_model, check_name, input_size, load_weights, parse_options
 from trady_triton.app.data import load_data
 from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Run, Settings
@@ -54,6 +54,7 @@ CostModelName = Annotated[str, typer.Option("--cost-model", help="exact, or pape
 PoolSize = Annotated[int | None, typer.Option("--k", help="Layers in the pool, instead of --coverage.")]
 Coverage = Annotated[float, typer.Option(help="Share of the summed RGN that the pool must hold.")]
 Fill = Annotated[str, typer.Option(help="A channel that does not fit ends the draw (stop) or is left out (skip).")]
+Recompute = Annotated[bool, typer.Option(help="Run blocks again in the backward where that keeps half or less: exact.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
 
@@ -134,6 +135,7 @@ def plan(
     model_args: ModelArgs = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
+    recompute: Recompute = True,
     ledger: Annotated[bool, typer.Option("--ledger", help="Predict the memory and FLOPs of a step.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the bytes kept for the backward into this PNG.")] = None,
 ) -> None:
@@ -149,6 +151,8 @@ def plan(
         target = {"memory": memory, "model": model, "input_shape": (batch_size, 3, size, size)}
     options: dict[str, Any] = {"cost_model": cost_model, "k": k, "coverage": coverage, "fill": fill, "seed": seed}
     made = make_plan(measured, **target, **options)
+    if recompute and budget is not None:
+        made = choose_recompute(made, model, (batch_size, 3, size, size))
     books = ledgers(model, made, size, batch_size) if ledger or plot else {}
     if as_json:
         print(json.dumps(describe(made, net) | ({"ledger": asdict(books["trady"])} if ledger else {})))
@@ -185,6 +189,7 @@ def finetune(
     k: PoolSize = None,
     coverage: Coverage = 0.976,
     fill: Fill = "stop",
+    recompute: Recompute = True,
     image_size: ImageSize = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_grad_norm: Annotated[
@@ -242,6 +247,8 @@ def finetune(
             fill=fill,
             seed=seed,
         )
+        if recompute:
+            chosen = choose_recompute(chosen, model, (batch_size, 3, batches.image_size, batches.image_size))
     if chosen is not None:
         print(plan_summary(chosen))
     execute(Run(model, batches, settings, folder, chosen), resume)

@@ -44,6 +44,7 @@ def plan_summary(plan: Plan) -> str:
     channels = sum(plan.shapes[name].in_channels for name in plan.pool)
     size, ranked = len(plan.pool), len(plan.shapes)
     cheapest, least = smallest_budget(plan)
+    again = plan.policy.recompute
     whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
     promise = ""
     if plan.memory is not None:
@@ -59,6 +60,7 @@ def plan_summary(plan: Plan) -> str:
             f"stored inputs, {saving.wgrad_flops_saving:.1%} of the dW FLOPs",
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
+            *([f"recomputed   {len(again)} blocks run again in the backward: exact"] if again else []),
         )
     )
 
