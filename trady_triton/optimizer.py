@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -80,8 +81,11 @@ class TraDyOptimizer(Optimizer):
             the channels: layer name -> ids, as `plan.sample(epoch)`.
 
         Raises:
-            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
+            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad(); or several
+                processes train together, between which compact gradients are not synchronised.
         """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError("several processes train together: compact gradients are not synchronised between them")
         epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
         channels = self.plan.sample(epoch)
         if epoch != self.epoch or any(slot.is_stale for slot in self._all_slots()):
