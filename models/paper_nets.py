@@ -57,10 +57,11 @@ class PaperNet(nn.Module):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
-        norm_layer: type[nn.Module] = nn.BatchNorm2d,
+        norm_layer: str | type[nn.Module] = nn.BatchNorm2d,
         feature_mix: bool = True,
     ):
         super().__init__()
+        norm_layer = _norm_type(norm_layer)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
         conv = partial(nn.Conv2d, bias=norm_layer is nn.Identity)
@@ -117,6 +118,14 @@ class PaperNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image -> logits."""
         return self.forward_head(self.forward_features(x))
+
+
+def _norm_type(norm_layer: str | type[nn.Module]) -> type[nn.Module]:
+    """A norm type by its class, or by name, as a command line gives it."""
+    named = {"batchnorm2d": nn.BatchNorm2d, "identity": nn.Identity}
+    if isinstance(norm_layer, str) and norm_layer not in named:
+        raise ValueError(f"norm_layer {norm_layer!r}: wanted a module type, or one of {', '.join(named)}")
+    return named[norm_layer] if isinstance(norm_layer, str) else norm_layer
 
 
 def _feature_info(rows: list[Stage]) -> list[dict[str, Any]]:

@@ -187,3 +187,11 @@ def test_every_parameter_outside_the_head_has_a_layer_group(name):
 def test_drop_rate_reaches_the_head():
     net = timm.create_model("mcunet_in1", drop_rate=0.3)
     assert net.head_drop.p == 0.3
+
+
+def test_the_norm_may_be_given_by_name():
+    assert not any(
+        isinstance(m, nn.BatchNorm2d) for m in timm.create_model("mcunet_in1", norm_layer="identity").modules()
+    )
+    with pytest.raises(ValueError, match="'identty'"):
+        timm.create_model("mcunet_in1", norm_layer="identty")
