@@ -269,3 +269,29 @@ def test_subclasses_with_another_forward_are_neither_ranked_nor_swapped():
     with pytest.raises(ValueError, match="no layer to rank"):
         rank_layers(net, [batch], F.cross_entropy)
     assert torch.equal(net(batch[0]), expected)
+
+
+def test_remove_plan_passes_over_what_was_taken_out():
+    net = toy_net()
+    apply_plan(net, toy_plan(net))
+    net.head = nn.Identity()
+    remove_plan(net)
+    assert type(net.stem) is nn.Conv2d
+    assert not hasattr(net, "trady")
+
+
+@pytest.mark.parametrize("name", ["conv", "linear"])
+def test_inputs_without_a_batch_are_taken_as_torch_takes_them(name):
+    layer, size = copy.deepcopy(LAYERS[name])
+    net = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2)).double()
+    x = torch.randn(size, dtype=torch.float64)
+    net(x)
+    apply_plan(net, make_plan(rank_layers(net, [(x, None)], lambda y, _: y.sum()), budget="1MiB", train_bias=True))
+    install(net, net.trady.plan, {"0": range(3)})
+    single = x[0].clone().requires_grad_()
+    expected = copy.deepcopy(LAYERS[name][0]).double()(single)
+    y = net[0](single)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert single.grad.shape == single.shape
+    assert net[0].bias.grad.shape == net[0].bias.shape

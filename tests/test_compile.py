@@ -63,6 +63,18 @@ def test_pending_gradients_of_compiled_code_are_noticed():
         optimizer.resample(1)
 
 
+def test_a_backward_of_compiled_code_after_a_new_draw_is_an_error():
+    net = toy_net()
+    plan = toy_plan(net)
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
+    optimizer.resample(0)
+    loss = torch.compile(net, backend="aot_eager")(toy_batches()[0][0]).sum()
+    optimizer.resample(1)
+    with pytest.raises(RuntimeError, match="before the last resample"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_035"])
 def test_a_compiled_network_keeps_no_more_than_eager(name):
     torch.manual_seed(0)

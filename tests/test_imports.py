@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": {"torch", "triton"},
     "functional": {"torch", "cost", "ops", "slot"},
     "nn": {*CORE, "cost", "functional", "plan", "policy", "registry", "slot"},
-    "optimizer": {"torch", "ops", "plan", "slot"},
+    "optimizer": {"torch", "ops", "plan", "sampling", "slot"},
     "meters": {"torch"},
     "microbatch": {"torch"},
     "rehearsal": {"torch", "microbatch", "nn", "optimizer", "plan", "slot"},

@@ -173,6 +173,8 @@ def test_user_mistakes_are_named():
         rank_layers(net, [("x", torch.zeros(1))], F.cross_entropy)
     with pytest.raises(ValueError, match="not finite"):
         rank_layers(net, toy_batches(), lambda output, target: output.sum() * float("nan"))
+    with pytest.raises(ValueError, match="every gradient norm is 0"):
+        rank_layers(net, toy_batches(), lambda output, target: output.sum() * 0)
     apply_plan(net, make_plan(toy_ranking(net), budget=1200))
     with pytest.raises(ValueError, match="remove_plan"):
         rank_layers(net, toy_batches(), F.cross_entropy)

@@ -63,6 +63,14 @@ def test_channels_that_can_never_fit_do_not_end_the_draw():
     assert [len(ids) for ids in drawn] == [0, 5]
 
 
+def test_a_layer_without_drawn_channels_is_absent_and_reads_as_empty():
+    plan = toy_plan(toy_net(), 160)  # a channel or two, of the five layers of the pool
+    drawn = plan.sample(0)
+    assert 0 < len(drawn) < len(plan.pool)
+    assert all(ids for ids in drawn.values())
+    assert all(drawn[name] == () for name in set(plan.pool) - set(drawn))
+
+
 def test_epochs_and_seeds_differ():
     draws = [draw_uniform([100], [1], 10, rule="stop", seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(draw[0]) for draw in draws}) == 4

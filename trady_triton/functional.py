@@ -34,11 +34,13 @@ class ConvGeometry(NamedTuple):
 def lean_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: ChannelSlot | None, geometry: ConvGeometry
 ) -> Tensor:
-    """Like `F.conv2d`, training only the slot's channels: x [N, C, H, W], weight [O, C/G, R, S] -> [N, O, P, Q].
+    """Like `F.conv2d`, training only the slot's channels: x [N, C, H, W] or [C, H, W], weight [O, C/G, R, S].
 
     Raises:
         RuntimeError: the weight itself requires a gradient, or was moved since the draw.
     """
+    if x.dim() == 3:
+        return lean_conv2d(x.unsqueeze(0), weight, bias, slot, geometry).squeeze(0)
     draw = _current_draw(weight, slot)
     y: Tensor = _LeanConv2d.apply(x, weight, bias, draw.proxy if draw else None, draw, geometry)
     return y
@@ -128,7 +130,7 @@ class _LeanLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)
         if ctx.needs_input_grad[2]:
-            db = dy.flatten(0, -2).sum(0)
+            db = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
             _redeem(ctx.ticket)
             dw = token_wgrad(store, dy, out_dtype=ctx.draw.proxy.dtype)

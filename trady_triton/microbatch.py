@@ -29,9 +29,11 @@ def backward_in_parts(
         the loss of the whole batch, detached.
 
     Raises:
-        ValueError: `micro_batch` is no positive integer.
+        ValueError: `micro_batch` is no positive integer, or the batch is empty.
     """
     size = inputs.shape[0]
+    if size == 0:
+        raise ValueError("the batch is empty")
     check_micro_batch(micro_batch)
     total: Tensor | None = None
     for x, y in zip(*(torch.split(tensor, micro_batch or size) for tensor in (inputs, target)), strict=True):
@@ -40,8 +42,7 @@ def backward_in_parts(
         loss = loss if x.shape[0] == size else loss * (x.shape[0] / size)
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
-    if total is None:
-        raise ValueError("the batch is empty")
+    assert total is not None
     return total
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from trady_triton.ops import scatter_update_, sgd_hyper
 from trady_triton.plan import Plan
+from trady_triton.sampling import Selection
 from trady_triton.slot import ChannelSlot, find_slot
 
 
@@ -72,7 +73,7 @@ class TraDyOptimizer(Optimizer):
         super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
         self._slots.append(slots)
 
-    def resample(self, epoch: int | None = None) -> dict[str, tuple[int, ...]]:
+    def resample(self, epoch: int | None = None) -> Selection:
         """Draw the channels of an epoch and install them; without an argument, of the next epoch.
 
         Asking for the installed epoch again changes nothing (but follows a model that was moved).

@@ -16,7 +16,7 @@ import torch
 from trady_triton.cost import CostModel, LayerShape
 from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking
-from trady_triton.sampling import FILLS, draw_uniform
+from trady_triton.sampling import FILLS, Selection, draw_uniform
 from trady_triton.serial import read_json, write_json
 
 _BYTES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
@@ -59,8 +59,8 @@ class Plan:
     memory: int | None = None
     micro_batch: int | None = None
 
-    def sample(self, epoch: int) -> dict[str, tuple[int, ...]]:
-        """The channels of an epoch: layer name -> input channel ids, ascending, for every layer of the pool.
+    def sample(self, epoch: int) -> Selection:
+        """The channels of an epoch: layer name -> input channel ids, ascending, for every layer that is drawn from.
 
         A pure function of the plan and the epoch: the same in every process and after every restart. The sum of the
         channels' costs never exceeds the budget.
@@ -76,7 +76,7 @@ class Plan:
             seed=self.seed,
             epoch=epoch,
         )
-        return dict(zip(self.pool, drawn, strict=True))
+        return Selection((name, ids) for name, ids in zip(self.pool, drawn, strict=True) if ids)
 
     def used(self, channels: Mapping[str, Sequence[int]]) -> int:
         """Cost of a draw, in the plan's unit."""
@@ -84,8 +84,8 @@ class Plan:
 
     def expected(self, epochs: int = 300) -> Savings:
         """Mean savings over the draws of epochs 0 to `epochs` - 1 (the paper's sparsities are the same fractions)."""
-        draws = [{name: len(ids) for name, ids in self.sample(epoch).items()} for epoch in range(epochs)]
-        mean = {name: sum(draw[name] for draw in draws) / epochs for name in self.pool}
+        draws = [self.sample(epoch) for epoch in range(epochs)]
+        mean = {name: sum(len(draw[name]) for draw in draws) / epochs for name in self.pool}
         drawn = [(self.shapes[name], count) for name, count in mean.items()]
         weights = sum(shape.weights for shape in self.shapes.values())
         inputs = sum(shape.inputs for shape in self.shapes.values())

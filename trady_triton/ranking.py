@@ -115,8 +115,8 @@ def rank_layers(
         seed: of the random state during the measurement, for losses or layers that draw.
 
     Raises:
-        ValueError: no batches, no layer that could be ranked, an unknown head, a norm that is not finite, or a model
-            that has a plan already.
+        ValueError: no batches, no layer that could be ranked, an unknown head, a norm that is not finite, only
+            norms of 0, or a model that has a plan already.
     """
     if hasattr(model, "trady"):
         raise ValueError("the model has a plan already: call remove_plan(model) before it is ranked")
@@ -194,6 +194,8 @@ class _Measurement:
             if not all(map(math.isfinite, norms)):
                 raise ValueError(f"layer {name!r}: a gradient norm is not finite; check the batches and the loss")
             ranked.append(LayerNorms(name, shape, norms))
+        if ranked and not any(sum(layer.norms) for layer in ranked):
+            raise ValueError("every gradient norm is 0: is the head initialised to zero, or the loss constant?")
         if not ranked:
             raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient")
         return Ranking(tuple(ranked), head, steps)
@@ -254,7 +256,7 @@ def _borrowed(model: nn.Module, weights: list[Tensor], seed: int) -> Iterator[No
     flags = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     wanted = {id(weight) for weight in weights}
-    devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         model.eval()
         for parameter in model.parameters():

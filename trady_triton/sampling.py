@@ -11,6 +11,13 @@ import torch
 FILLS = ("stop", "skip")
 
 
+class Selection(dict[str, tuple[int, ...]]):
+    """The channels of an epoch: layer name -> ids, ascending. A layer without any is absent, and reads as ()."""
+
+    def __missing__(self, layer: str) -> tuple[int, ...]:
+        return ()
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """A CPU generator that depends on (seed, epoch) alone, so any process or restart draws the same."""
     digest = hashlib.sha256(f"trady {seed} {epoch}".encode()).digest()

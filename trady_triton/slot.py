@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 _ATTRIBUTE = "trady_slot"
+_LOST = "this backward belongs to a forward before the last resample(): its gradient is lost"
 
 
 class Ticket:
@@ -35,7 +36,7 @@ class Ticket:
             RuntimeError: the channels were drawn anew since the forward, so the gradient would be lost.
         """
         if self.draw.replaced:
-            raise RuntimeError("this backward belongs to a forward before the last resample(): its gradient is lost")
+            raise RuntimeError(_LOST)
         self.draw.waiting.discard(self)
 
 
@@ -56,9 +57,11 @@ class Draw:
         self.waiting: weakref.WeakSet[Ticket] = weakref.WeakSet()
 
 
-def _note_gradient(draw: weakref.ref[Draw], proxy: Tensor) -> None:
-    if (alive := draw()) is not None:
-        alive.unapplied = True
+def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
+    draw = reference()
+    if draw is None or draw.replaced:
+        raise RuntimeError(_LOST)
+    draw.unapplied = True
 
 
 class ChannelSlot:

@@ -65,6 +65,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 def remove_plan(model: nn.Module) -> nn.Module:
     """Undo apply_plan in place: the layers' classes and every requires_grad; trained weights stay as they are.
 
+    What was taken out of the model since, such as an old head, is passed over.
+
     Raises:
         ValueError: the model has no plan.
     """
@@ -73,12 +75,13 @@ def remove_plan(model: nn.Module) -> nn.Module:
         raise ValueError("the model has no plan to remove")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name, kind in applied.classes.items():
-        for runtime in ("slot", "policy"):
-            modules[name].__dict__.pop(runtime, None)
-        modules[name].__class__ = kind
-    for name, flag in applied.requires_grad.items():
+        if isinstance(module := modules.get(name), kind):
+            for runtime in ("slot", "policy"):
+                module.__dict__.pop(runtime, None)
+            module.__class__ = kind
+    for name in applied.requires_grad.keys() & parameters.keys():
         detach_slot(parameters[name])
-        parameters[name].requires_grad_(flag)
+        parameters[name].requires_grad_(applied.requires_grad[name])
     del model.trady
     return model
 
