@@ -89,6 +89,15 @@ def test_ctrl_c_saves_the_step_under_way(make):
     assert all(torch.equal(tensor, saved.model[name]) for name, tensor in run.model.state_dict().items())
 
 
+@pytest.fixture
+def usual_interrupt():
+    """Python's own answer to SIGINT, which a process started in the background is told to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_a_second_ctrl_c_stops_at_once(make):
     def twice(result):
         os.kill(os.getpid(), signal.SIGINT)
