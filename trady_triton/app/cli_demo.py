@@ -1,0 +1,21 @@
+"""`trady demo`: what `make demo` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trady_triton.app.cli_base import app, reported
+
+
+@app.command()
+@reported
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plots and the numbers.")] = Path("demo-output"),
+) -> None:
+    """Fine-tune a pretrained EfficientNet-Lite0 on handwritten digits: everything, the head, TraDy at two budgets."""
+    from trady_triton.app.demo import run
+
+    run(out)

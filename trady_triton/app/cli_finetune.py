@@ -1,0 +1,169 @@
+"""`trady finetune`: train under a plan, save, and go on after a stop."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from torch import nn
+
+from trady_triton import Ranking, choose_recompute, make_plan
+from trady_triton.app.build import check_name
+from trady_triton.app.cli_base import (
+    Budget,
+    CostModelName,
+    Coverage,
+    Fill,
+    ImageSize,
+    ModelArgs,
+    Net,
+    PoolSize,
+    Pretrained,
+    RankingFile,
+    Recompute,
+    Seed,
+    Weights,
+    app,
+    note,
+    prepare,
+    reported,
+)
+from trady_triton.app.data import load_data
+from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Run, Settings
+from trady_triton.app.loader import Batches
+from trady_triton.app.planning import load_plan, load_ranking, parse_budget_option, pick_device, rank_on
+from trady_triton.app.tables import RunBar, plan_summary
+
+
+@app.command()
+@reported
+def finetune(
+    net: Net,
+    data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
+    budget: Budget = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    model_args: ModelArgs = None,
+    ranking: RankingFile = None,
+    plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
+    cost_model: CostModelName = "exact",
+    k: PoolSize = None,
+    coverage: Coverage = 0.976,
+    fill: Fill = "stop",
+    recompute: Recompute = True,
+    image_size: ImageSize = None,
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
+    ] = 2.0,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NET-METHOD by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
+) -> None:
+    """Fine-tune a network on labelled images inside a memory budget, or whole, or the head alone."""
+    folder = out or Path("runs") / f"{net}-{method}"
+    check_folder(folder, resume, overwrite)
+    check_name(net)
+    where = pick_device(device)
+    pictures = load_data(data)
+    kept = (None, False) if resume else (weights, pretrained)
+    model = prepare(net, *kept, model_args, image_size, seed, len(pictures.class_names)).to(where)
+    batches = Batches.for_model(
+        pictures, model, image_size=image_size, batch_size=batch_size, seed=seed, augment=augment, workers=workers
+    )
+    settings = Settings(
+        net=net,
+        data=data,
+        method=method,
+        budget=budget,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        image_size=batches.image_size,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm or None,
+        warmup=warmup,
+        augment=augment,
+        seed=seed,
+    )
+
+    chosen = None
+    if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
+        chosen = load_plan(file, model, batches.image_size)
+    elif method == "trady":
+        if budget is None:
+            raise ValueError("--method trady needs --budget or --plan")
+        chosen = make_plan(
+            load_ranking(ranking, model, batches.image_size) if ranking else measured_ranking(model, batches),
+            budget=parse_budget_option(budget),
+            batch_size=batch_size,
+            cost_model=cost_model,
+            k=k,
+            coverage=coverage,
+            fill=fill,
+            seed=seed,
+        )
+        if recompute:
+            chosen = choose_recompute(chosen, model, (batch_size, 3, batches.image_size, batches.image_size))
+    if chosen is not None:
+        print(plan_summary(chosen))
+    execute(Run(model, batches, settings, folder, chosen), resume)
+
+
+def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Ranking:
+    """A ranking on the first training images, and a word about it on stderr."""
+    images = min(steps * batches.batch_size, len(batches.data.train.labels))
+    note(f"ranking the layers on {images} training images; --ranking takes one that was measured longer")
+    return rank_on(model, batches.ranking(steps), batches.seed)
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError where a run would be lost, or there is none to go on with."""
+    exists = (folder / CHECKPOINT).exists()
+    if resume and not exists:
+        raise ValueError(f"{folder}: no {CHECKPOINT} to resume from")
+    if exists and not resume and not overwrite:
+        raise ValueError(
+            f"{folder} holds a run: --resume goes on with it, --overwrite starts anew, --out goes elsewhere"
+        )
+
+
+def execute(run: Run, resume: bool) -> None:
+    """Train with a progress bar; after Ctrl-C say how to go on."""
+    if resume:
+        run.resume()
+        note(f"resumed after {run.epoch} epochs and {run.step} steps")
+    steps = run.batches.train_steps
+    bar = RunBar(Console(), epochs=run.settings.epochs, train_steps=steps, done=run.epoch * steps + run.step)
+    try:
+        with bar:
+            run.train(bar.step, bar.epoch)
+    except KeyboardInterrupt:
+        note(how_to_go_on(run))
+        raise typer.Exit(130) from None
+    print(f"test accuracy {run.records[-1]['test_accuracy']:.2%}; weights in {run.out / MODEL}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """What a stopped run left behind, and the command that continues it."""
+    if run.saved is None:
+        return "stopped before anything was saved"
+    again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    epoch, step = run.saved
+    done = f"{epoch} of {run.settings.epochs} epochs" + (f" and {step} steps" if step else "")
+    return (
+        f"stopped; {done} are saved in {run.out / CHECKPOINT}. To go on:\n  {shlex.join(['trady', *again, '--resume'])}"
+    )
