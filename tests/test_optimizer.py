@@ -282,14 +282,48 @@ def test_models_without_the_plan_are_refused():
     with pytest.raises(ValueError, match=r"5 of the plan's 5 layers.*apply_plan"):
         TraDyOptimizer(net.parameters(), plan)
     apply_plan(net, plan)
-    with pytest.raises(ValueError, match=r"4 of the plan's 5 layers.*'depthwise'"):
-        TraDyOptimizer(list(net.parameters())[-4:], plan)
+    with pytest.raises(ValueError, match=r"5 of the plan's 5 layers.*'depthwise'"):
+        TraDyOptimizer([net.norm.weight], plan)
     with pytest.raises(ValueError, match="was applied to the model"):
         TraDyOptimizer(net.parameters(), toy_plan(toy_net(), seed=9))
     with pytest.raises(ValueError, match="deepcopy"):
         TraDyOptimizer(copy.deepcopy(net).parameters(), plan)
     with pytest.raises(TypeError, match="dict"):
         TraDyOptimizer(net.parameters(), {})
+    with pytest.raises(TypeError, match=r"NoneType.*lead to none"):
+        TraDyOptimizer(toy_net().parameters())
+    with pytest.raises(TypeError, match="params is a Tensor"):
+        TraDyOptimizer(net.head.weight, plan)
+
+
+def test_the_plan_is_found_from_the_parameters():
+    net, plan, _ = planned()
+    assert TraDyOptimizer(net.parameters()).plan is plan
+    assert TraDyOptimizer([net.head.bias]).plan is plan
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_frozen_weights_that_a_loop_left_out_join_the_group_of_the_largest_decay(named):
+    net, plan, plain = planned(weight_decay=0.1)
+    twin = toy_net()
+    apply_plan(twin, plan)
+    trained = [item for item in twin.named_parameters() if item[1].requires_grad]
+    assert {name for name, _ in trained} == {"head.weight", "head.bias"}
+    groups = [
+        {"params": [item if named else item[1]], "weight_decay": decay}
+        for item, decay in zip(reversed(trained), (0.0, 0.1), strict=True)
+    ]
+    optimizer = TraDyOptimizer(groups, lr=0.1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1 + len(plan.pool)]
+    assert not named or all(len(group["param_names"]) == len(group["params"]) for group in optimizer.param_groups)
+    groups = [{"params": [net.head.bias], "weight_decay": 0.0}, {"params": [net.head.weight]}]
+    groups[1]["params"] += [net.get_submodule(layer).weight for layer in plan.pool]
+    plain = TraDyOptimizer(groups, plan, lr=0.1, weight_decay=0.1)
+    for model, opt in ((net, plain), (twin, optimizer)):
+        for epoch in range(2):
+            opt.resample(epoch)
+            train_step(model, opt)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in twin.state_dict().items())
 
 
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"weight_decay": -0.1}], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from trady_triton.ops import scatter_update_, sgd_hyper
 from trady_triton.plan import Plan
 from trady_triton.sampling import Selection
-from trady_triton.slot import ChannelSlot, find_slot
+from trady_triton.slot import ChannelSlot, find_pool, find_slot
 
 
 class TraDyOptimizer(Optimizer):
@@ -25,8 +25,10 @@ class TraDyOptimizer(Optimizer):
     Weight decay touches the drawn channels only; all other weights stay bit for bit what they are.
 
     Args:
-        params: `model.parameters()`, named parameters, or groups of them; frozen parameters are passed over.
-        plan: the plan that was applied to the model.
+        params: `model.parameters()`, named parameters, or groups of them; frozen parameters are passed over. Weights of
+            the pool that they leave out, as loops do that pass only what requires a gradient, join the first group of
+            the largest weight decay.
+        plan: the plan that was applied to the model; by default it is found from the parameters.
         lr: learning rate, a float or a 0-dim tensor.
         weight_decay: L2 penalty added to the gradient, as in torch.optim.SGD.
 
@@ -37,13 +39,23 @@ class TraDyOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Iterable[Any], plan: Plan, lr: float | Tensor = 1e-3, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Any], plan: Plan | None = None, lr: float | Tensor = 1e-3, weight_decay: float = 0.0
+    ) -> None:
+        groups = _listed(params)
+        pool = next((found for item in _tensors(groups) if (found := find_pool(item)) is not None), None)
+        plan = pool.plan if plan is None and pool is not None else plan
         if not isinstance(plan, Plan):
-            raise TypeError(f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model")
+            raise TypeError(
+                f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model, and "
+                "the parameters lead to none"
+            )
         self.plan = plan
         self._slots: list[list[ChannelSlot]] = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint}
-        super().__init__(params, defaults)
+        super().__init__(groups, defaults)
+        if pool is not None:
+            self._add_left_out(pool.slots)
         missing = set(plan.pool) - {slot.layer for slot in self._all_slots()}
         if missing:
             raise ValueError(
@@ -68,7 +80,7 @@ class TraDyOptimizer(Optimizer):
         slots = [slot for _, weight in named if (slot := find_slot(weight)) is not None]
         self._check_slots(slots)
         kept = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        kept += [(f"{slot.layer}.weight[:, channels]", slot.proxy) for slot in slots]
+        kept += [(_proxy_name(slot), slot.proxy) for slot in slots]
         is_named = any(isinstance(item, tuple) for item in given)
         super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
         self._slots.append(slots)
@@ -151,6 +163,17 @@ class TraDyOptimizer(Optimizer):
                 torch.tensor([sgd_hyper(lr, weight_decay=decay)] * len(alike), dtype=torch.float64),
             )
 
+    def _add_left_out(self, pool: Sequence[ChannelSlot]) -> None:
+        given = {id(slot) for slot in self._all_slots()}
+        slots = [slot for slot in pool if id(slot) not in given]
+        self._check_slots(slots)
+        place = max(range(len(self.param_groups)), key=lambda i: self.param_groups[i]["weight_decay"])
+        group = self.param_groups[place]
+        group["params"].extend(slot.proxy for slot in slots)
+        if "param_names" in group:
+            group["param_names"].extend(map(_proxy_name, slots))
+        self._slots[place].extend(slots)
+
     def _all_slots(self) -> list[ChannelSlot]:
         return [slot for slots in self._slots for slot in slots]
 
@@ -198,6 +221,31 @@ def sgd_(parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> Non
     if weight_decay != 0:
         grad = grad.add(parameter, alpha=weight_decay)
     parameter.add_(grad, alpha=-lr)
+
+
+def _listed(params: Iterable[Any]) -> list[Any]:
+    """Parameters or groups, with lists in place of iterators that could be read only once."""
+    if isinstance(params, Tensor):
+        raise TypeError("params is a Tensor: wanted an iterable of parameters or of groups")
+    return [
+        {**item, "params": list(item["params"])}
+        if isinstance(item, dict) and not isinstance(item["params"], Tensor)
+        else item
+        for item in params
+    ]
+
+
+def _tensors(groups: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor in parameters, named parameters or groups."""
+    for item in groups:
+        if isinstance(item, dict):
+            yield from _tensors([item["params"]] if isinstance(item["params"], Tensor) else item["params"])
+        else:
+            yield item[1] if isinstance(item, tuple) else item
+
+
+def _proxy_name(slot: ChannelSlot) -> str:
+    return f"{slot.layer}.weight[:, channels]"
 
 
 def _check_range(name: str, value: float | Tensor) -> None:

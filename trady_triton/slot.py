@@ -11,7 +11,8 @@ Hooks, accumulation, clipping and GradScaler see an ordinary small parameter; no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -152,23 +153,36 @@ class ChannelSlot:
         return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy)
 
 
-class _Link:
-    """What a weight carries of its slot. Pickles as an empty link: a loaded weight belongs to no slot."""
+@dataclass(frozen=True)
+class Pool:
+    """The slots of all weights of a planned model, and the plan: what an optimizer needs to know."""
 
-    def __init__(self, slot: ChannelSlot | None = None) -> None:
+    plan: Any  # a Plan; slots know none
+    slots: tuple[ChannelSlot, ...]
+
+
+class _Link:
+    """What a parameter carries of a planned model. Pickles as an empty link: a loaded parameter belongs to none."""
+
+    def __init__(self, slot: ChannelSlot | None = None, pool: Pool | None = None) -> None:
         self.slot = slot
+        self.pool = pool
 
     def __reduce__(self) -> tuple[type[_Link], tuple[()]]:
         return _Link, ()
 
 
-def attach_slot(slot: ChannelSlot) -> None:
-    """Make the slot reachable from its weight, so that an optimizer that is given parameters finds it.
+def attach_pool(pool: Pool, whole: Iterable[Tensor]) -> None:
+    """Make the pool reachable from its weights and from `whole`, the parameters that are trained whole.
 
-    The link survives `.to()` and `load_state_dict`, but neither a deepcopy nor a pickle: a copied model has no slots
-    to train until a plan is applied to it.
+    So an optimizer that is given parameters finds it, also one that gets only those with `requires_grad`. The link
+    survives `.to()` and `load_state_dict`, but neither a deepcopy nor a pickle: a copied model has no slots to train
+    until a plan is applied to it.
     """
-    setattr(slot.weight, _ATTRIBUTE, _Link(slot))
+    for parameter in whole:
+        setattr(parameter, _ATTRIBUTE, _Link(None, pool))
+    for slot in pool.slots:
+        setattr(slot.weight, _ATTRIBUTE, _Link(slot, pool))
 
 
 def find_slot(weight: Tensor) -> ChannelSlot | None:
@@ -177,7 +191,13 @@ def find_slot(weight: Tensor) -> ChannelSlot | None:
     return link.slot if isinstance(link, _Link) else None
 
 
-def detach_slot(weight: Tensor) -> None:
-    """Forget the slot of a weight."""
-    if hasattr(weight, _ATTRIBUTE):
-        delattr(weight, _ATTRIBUTE)
+def find_pool(parameter: Tensor) -> Pool | None:
+    """The pool of the planned model that trains this parameter, or None."""
+    link = getattr(parameter, _ATTRIBUTE, None)
+    return link.pool if isinstance(link, _Link) else None
+
+
+def detach_pool(parameter: Tensor) -> None:
+    """Forget pool and slot of a parameter."""
+    if hasattr(parameter, _ATTRIBUTE):
+        delattr(parameter, _ATTRIBUTE)

@@ -15,7 +15,7 @@ from trady_triton.cost import LayerShape
 from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
 from trady_triton.registry import lean_type
-from trady_triton.slot import ChannelSlot, attach_slot, detach_slot
+from trady_triton.slot import ChannelSlot, Pool, attach_pool, detach_pool
 
 _NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -56,9 +56,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         modules[name].__class__ = lean
         if hasattr(lean, "policy"):
             modules[name].policy = plan.policy
-    _install_slots(model, plan)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    _install_slots(model, plan)
     return model
 
 
@@ -80,7 +80,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
                 module.__dict__.pop(runtime, None)
             module.__class__ = kind
     for name in applied.requires_grad.keys() & parameters.keys():
-        detach_slot(parameters[name])
+        detach_pool(parameters[name])
         parameters[name].requires_grad_(applied.requires_grad[name])
     del model.trady
     return model
@@ -143,8 +143,8 @@ def _install_slots(model: nn.Module, plan: Plan) -> None:
     for name in plan.pool:
         layer = model.get_submodule(name)
         slot = ChannelSlot(name, layer.weight, getattr(layer, "groups", 1), plan.fingerprint)  # type: ignore[arg-type]
-        attach_slot(slot)
         slots[id(layer.weight)] = slot
+    attach_pool(Pool(plan, tuple(slots.values())), (p for p in model.parameters() if p.requires_grad))
     for module in model.modules():
         if id(getattr(module, "weight", None)) in slots and isinstance(module, nn.Conv2d | nn.Linear):
             module.slot = slots[id(module.weight)]  # type: ignore[assignment]
