@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from trady_triton.app.checkpoint import Checkpoint
+from trady_triton.app.checkpoint import Checkpoint, previous
 from trady_triton.app.train import make_optimizer, make_scheduler
 
 
@@ -18,7 +18,7 @@ def parts(net):
 @pytest.fixture
 def saved(parts, tmp_path):
     path = tmp_path / "checkpoint.pt"
-    Checkpoint.take({"lr": 0.1}, 3, 2, *parts).save(path)
+    Checkpoint.take({"lr": 0.1}, *parts, epoch=3, step=2, tally={}).save(path)
     return path
 
 
@@ -48,7 +48,7 @@ def test_an_interrupted_write_leaves_the_older_file(parts, saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Checkpoint.take({}, 4, 0, *parts).save(saved)
+        Checkpoint.take({}, *parts, epoch=4, step=0, tally={}).save(saved)
     assert Checkpoint.load(saved).epoch == 3
 
 
@@ -65,8 +65,8 @@ def test_a_truncated_file_is_an_error(saved, share):
     [
         ({"model": {}}, "not a checkpoint of this program"),
         ([1, 2], "not a checkpoint of this program"),
-        ({"format": "trady_triton.checkpoint", "version": 99}, "version 99, this program reads version 1"),
-        ({"format": "trady_triton.checkpoint", "version": 1, "run": {}}, "damaged"),
+        ({"format": "trady_triton.checkpoint", "version": 99}, "version 99, this program reads version 2"),
+        ({"format": "trady_triton.checkpoint", "version": 2, "run": {}}, "damaged"),
     ],
 )
 def test_a_foreign_file_is_an_error(tmp_path, content, message):
@@ -90,6 +90,40 @@ def test_loading_runs_nothing_that_the_file_contains(tmp_path):
         with pytest.raises(ValueError, match="no file of tensors"):
             Checkpoint.load(tmp_path / name)
     assert not (tmp_path / "made").exists()
+
+
+def save(path, parts, epoch):
+    Checkpoint.take({}, *parts, epoch=epoch, step=0, tally={}).save(path)
+
+
+def test_the_file_before_is_kept_and_taken_where_the_newest_is_damaged(parts, saved):
+    save(saved, parts, 4)
+    assert Checkpoint.load(previous(saved)).epoch == 3
+    assert Checkpoint.load_newest(saved).epoch == 4
+    saved.write_bytes(saved.read_bytes()[:3000])
+    notes = []
+    assert Checkpoint.load_newest(saved, notes.append).epoch == 3
+    (note,) = notes
+    assert f"{saved}: truncated, damaged" in note
+    assert note.endswith(f"going back to {previous(saved)}")
+    save(saved, parts, 5)
+    assert Checkpoint.load(previous(saved)).epoch == 3  # the damaged one did not take its place
+    assert saved.with_name("checkpoint.pt.damaged").stat().st_size == 3000
+
+
+def test_the_file_before_is_taken_where_the_newest_is_gone(parts, saved):
+    save(saved, parts, 4)
+    saved.unlink()
+    assert Checkpoint.load_newest(saved).epoch == 3
+
+
+def test_where_both_files_are_damaged_the_newest_is_named_and_left_alone(parts, saved):
+    save(saved, parts, 4)
+    for path in (saved, previous(saved)):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: truncated"):
+        Checkpoint.load_newest(saved)
+    assert saved.read_bytes() == b"damaged"
 
 
 def test_a_missing_file_is_named(tmp_path):

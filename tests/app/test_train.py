@@ -77,9 +77,9 @@ def test_every_step_is_reported_after_its_update(net):
     optimizer = make_optimizer(net, "head", lr=0.1)
     weights = []
     train_epoch(
-        net, optimizer, batches(), loss_fn, on_step=lambda r: weights.append((r.step, net.classifier.weight.clone()))
+        net, optimizer, batches(), loss_fn, on_step=lambda t: weights.append((t.steps, net.classifier.weight.clone()))
     )
-    assert [step for step, _ in weights] == [0, 1, 2]
+    assert [step for step, _ in weights] == [1, 2, 3]
     assert torch.equal(weights[-1][1], net.classifier.weight)
     assert not torch.equal(weights[0][1], weights[1][1])
 
@@ -107,11 +107,20 @@ def test_learning_rate_rises_in_a_line_and_falls_in_a_cosine(net):
             loss_fn,
             scheduler=scheduler,
             first_update=5 * epoch,
-            on_step=lambda result: rates.append(optimizer.param_groups[0]["lr"]),
+            on_step=lambda tally: rates.append(optimizer.param_groups[0]["lr"]),
         )
     rise = [0.0, 0.2, 0.4, 0.6]
     fall = [0.4 * (1 + math.cos(math.pi * step / 6)) for step in range(7)]
     assert rates == pytest.approx(rise + fall, abs=1e-12)
+
+
+def test_a_tally_goes_on_where_it_was_left(net):
+    optimizer = make_optimizer(net, "head", lr=0.0)
+    whole = train_epoch(net, optimizer, batches(), loss_fn)
+    first = train_epoch(net, optimizer, batches()[:1], loss_fn)
+    both = train_epoch(net, optimizer, batches()[1:], loss_fn, tally=first)
+    assert (both.steps, both.samples, both.loss, both.accuracy) == (3, 12, whole.loss, whole.accuracy)
+    assert both.seconds > first.seconds
 
 
 def test_a_loss_that_is_not_finite_is_an_error(net):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,24 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from trady_triton.serial import written_whole
+
 FORMAT = "trady_triton.checkpoint"
-VERSION = 1
+VERSION = 2
+PREVIOUS = ".previous"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run between two steps: `step` steps of `epoch` are done. `run` is its configuration, plain values."""
+    """A run between two steps: `step` steps of `epoch` are done, and `tally` is what they summed up for the log.
+
+    `run` is the run's configuration, plain values.
+    """
 
     run: dict[str, Any]
     epoch: int
     step: int
+    tally: dict[str, Any]
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
@@ -32,10 +40,20 @@ class Checkpoint:
 
     @classmethod
     def take(
-        cls, run: dict[str, Any], epoch: int, step: int, model: nn.Module, optimizer: Optimizer, scheduler: Scheduler
+        cls, run: dict[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: Scheduler, **progress: Any
     ) -> Checkpoint:
-        """The state as it is now; the tensors are the run's own, so save before the next step."""
-        return cls(run, epoch, step, model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), random_state())
+        """The state as it is now; the tensors are the run's own, so save before the next step.
+
+        `progress`: epoch, step and tally.
+        """
+        return cls(
+            run=run,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scheduler=scheduler.state_dict(),
+            random=random_state(),
+            **progress,
+        )
 
     def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: Scheduler) -> None:
         """Put everything back.
@@ -52,11 +70,31 @@ class Checkpoint:
         set_random_state(self.random)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; an interrupted write leaves the older one as it was."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, scratch)
-        os.replace(scratch, target)
+        """Write the file and keep the one before beside it; an interrupted write leaves both as they were."""
+        with written_whole(path, keep=PREVIOUS) as scratch:
+            torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, scratch)
+
+    @classmethod
+    def load_newest(cls, path: str | os.PathLike[str], note: Callable[[str], None] = lambda text: None) -> Checkpoint:
+        """Read `path`, or, where it is gone or damaged, the file before, and say so to `note`.
+
+        A damaged file is renamed to .damaged, so that the next `save` does not keep it in the place of the good one.
+
+        Raises:
+            FileNotFoundError, ValueError: neither can be read; the message is that of `path`.
+        """
+        try:
+            return cls.load(path)
+        except (FileNotFoundError, ValueError) as error:
+            older = previous(path)
+            try:
+                checkpoint = cls.load(older)
+            except (FileNotFoundError, ValueError):
+                raise error from None
+            if (damaged := Path(path)).exists():
+                os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
+            note(f"{error}; going back to {older}")
+            return checkpoint
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -75,6 +113,11 @@ class Checkpoint:
             return cls(**{key: value for key, value in content.items() if key not in ("format", "version")})
         except TypeError as error:
             raise ValueError(f"{path}: the checkpoint is damaged ({error})") from error
+
+
+def previous(path: str | os.PathLike[str]) -> Path:
+    """Where `Checkpoint.save` keeps the file before."""
+    return Path(f"{os.fspath(path)}{PREVIOUS}")
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from trady_triton import Ranking, choose_recompute, make_plan
 from trady_triton.app.build import check_name
+from trady_triton.app.checkpoint import previous
 from trady_triton.app.cli_base import (
     Budget,
     CostModelName,
@@ -33,7 +34,7 @@ from trady_triton.app.cli_base import (
     reported,
 )
 from trady_triton.app.data import load_data
-from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Run, Settings
+from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Interval, Run, Settings
 from trady_triton.app.loader import Batches
 from trady_triton.app.planning import load_plan, load_ranking, parse_budget_option, pick_device, rank_on
 from trady_triton.app.tables import RunBar, plan_summary
@@ -71,10 +72,13 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NET-METHOD by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
+    checkpoint_every: Annotated[
+        str, typer.Option(help="Save inside an epoch too: steps (200), a time (10min), or never.")
+    ] = "10min",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
 ) -> None:
     """Fine-tune a network on labelled images inside a memory budget, or whole, or the head alone."""
-    folder = out or Path("runs") / f"{net}-{method}"
+    folder, save_every = out or Path("runs") / f"{net}-{method}", Interval.parse(checkpoint_every)
     check_folder(folder, resume, overwrite)
     check_name(net)
     where = pick_device(device)
@@ -120,7 +124,7 @@ def finetune(
             chosen = choose_recompute(chosen, model, (batch_size, 3, batches.image_size, batches.image_size))
     if chosen is not None:
         print(plan_summary(chosen))
-    execute(Run(model, batches, settings, folder, chosen), resume)
+    execute(Run(model, batches, settings, folder, chosen, save_every), resume)
 
 
 def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Ranking:
@@ -132,7 +136,7 @@ def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Rank
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where a run would be lost, or there is none to go on with."""
-    exists = (folder / CHECKPOINT).exists()
+    exists = any(path.exists() for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)))
     if resume and not exists:
         raise ValueError(f"{folder}: no {CHECKPOINT} to resume from")
     if exists and not resume and not overwrite:
@@ -144,7 +148,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 def execute(run: Run, resume: bool) -> None:
     """Train with a progress bar; after Ctrl-C say how to go on."""
     if resume:
-        run.resume()
+        run.resume(note)
         note(f"resumed after {run.epoch} epochs and {run.step} steps")
     steps = run.batches.train_steps
     bar = RunBar(Console(), epochs=run.settings.epochs, train_steps=steps, done=run.epoch * steps + run.step)

@@ -7,8 +7,9 @@ a checkpoint holds everything else.
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,18 +21,18 @@ from safetensors.torch import save_model
 from torch import nn
 
 from trady_triton import Plan
-from trady_triton.app.checkpoint import Checkpoint
+from trady_triton.app.checkpoint import Checkpoint, previous
 from trady_triton.app.loader import Batches
 from trady_triton.app.train import (
     METHODS,
-    EpochResult,
-    StepResult,
+    Tally,
     evaluate,
     make_optimizer,
     make_scheduler,
     start_epoch,
     train_epoch,
 )
+from trady_triton.serial import written_whole
 
 CHECKPOINT, LOG, MODEL, PLAN = "checkpoint.pt", "log.jsonl", "model.safetensors", "plan.json"
 
@@ -68,6 +69,34 @@ class Settings:
             raise ValueError(f"--warmup {self.warmup}: wanted a share of the steps, from 0 to 1")
 
 
+@dataclass(frozen=True)
+class Interval:
+    """How often a run is saved inside an epoch: after so many steps, after so many seconds, or never."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """ "200" steps; "90s", "10min", "1h"; or "never".
+
+        Raises:
+            ValueError: the text is none of these.
+        """
+        if text == "never":
+            return cls()
+        if match := re.fullmatch(r"([1-9]\d*)(s|min|h)?", text):
+            number, unit = int(match[1]), match[2]
+            return cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit]) if unit else cls(steps=number)
+        raise ValueError(f"--checkpoint-every {text!r}: wanted a number of steps, a time such as 10min, or never")
+
+    def is_over(self, steps: int, seconds: float) -> bool:
+        """Whether a checkpoint is due that many steps and seconds after the last one."""
+        return (self.steps is not None and steps >= self.steps) or (
+            self.seconds is not None and seconds >= self.seconds
+        )
+
+
 Record = dict[str, Any]
 
 
@@ -79,9 +108,18 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Batches, settings: Settings, out: Path, plan: Plan | None = None
+        self,
+        model: nn.Module,
+        batches: Batches,
+        settings: Settings,
+        out: Path,
+        plan: Plan | None = None,
+        save_every: Interval = Interval(),
     ) -> None:
         """Sets up the model for the method. Nothing is read or written yet.
+
+        There is a checkpoint after each epoch in any case; `save_every` adds some inside. It does not change what is
+        trained.
 
         Raises:
             ValueError: the plan is missing or was made for another model, or a setting is out of its range.
@@ -92,29 +130,36 @@ class Run:
         )
         steps = settings.epochs * batches.train_steps
         self.scheduler = make_scheduler(self.optimizer, steps=steps, warmup_steps=round(settings.warmup * steps))
+        self.save_every = save_every
         self.epoch = self.step = 0
+        self.tally = Tally()
         self.saved: tuple[int, int] | None = None
+        self.saved_at = time.monotonic()
         self.records: list[Record] = []
         torch.manual_seed(settings.seed)
 
-    def resume(self) -> None:
-        """Go back to where the checkpoint in the folder was taken.
+    def resume(self, note: Callable[[str], None] = lambda text: None) -> None:
+        """Go back to where the newest checkpoint in the folder that can be read was taken.
+
+        Args:
+            note: told where the newest was damaged and an older one was taken.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: it is damaged, or of a run with other settings.
+            ValueError: none can be read, or it is of a run with other settings.
         """
-        saved = Checkpoint.load(self.out / CHECKPOINT)
+        saved = Checkpoint.load_newest(self.out / CHECKPOINT, note)
         for name, value in asdict(self.settings).items():
             if (before := saved.run.get(name)) != value:
                 raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
         saved.restore(self.model, self.optimizer, self.scheduler)
         self.saved = self.epoch, self.step = saved.epoch, saved.step
+        self.tally = Tally(**saved.tally)
         self.records = read_log(self.out / LOG)[: self.epoch]
 
     def train(
         self,
-        on_step: Callable[[StepResult], None] = lambda result: None,
+        on_step: Callable[[Tally], None] = lambda tally: None,
         on_epoch: Callable[[Record], None] = lambda record: None,
     ) -> list[Record]:
         """Train to the last epoch, with a checkpoint after each; the records of all epochs.
@@ -125,7 +170,8 @@ class Run:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         if self.saved is None:  # a checkpoint of an older run would not fit this one's plan and log
-            (self.out / CHECKPOINT).unlink(missing_ok=True)
+            for path in (self.out / CHECKPOINT, previous(self.out / CHECKPOINT)):
+                path.unlink(missing_ok=True)
         if self.plan is not None:
             self.plan.save(self.out / PLAN)
         with interrupt_deferred() as interrupted:
@@ -133,27 +179,31 @@ class Run:
                 on_epoch(self._train_epoch(on_step, interrupted))
                 if interrupted() and self.epoch < self.settings.epochs:
                     raise KeyboardInterrupt
-        save_model(self.model, str(self.out / MODEL))
+        with written_whole(self.out / MODEL) as scratch:
+            save_model(self.model, str(scratch))
         return self.records
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = Checkpoint.take(
-            asdict(self.settings), self.epoch, self.step, self.model, self.optimizer, self.scheduler
-        )
+        progress = {"epoch": self.epoch, "step": self.step, "tally": asdict(self.tally)}
+        state = Checkpoint.take(asdict(self.settings), self.model, self.optimizer, self.scheduler, **progress)
         state.save(self.out / CHECKPOINT)
-        self.saved = self.epoch, self.step
+        self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
 
-    def _train_epoch(self, on_step: Callable[[StepResult], None], interrupted: Callable[[], bool]) -> Record:
-        def after_step(result: StepResult) -> None:
-            self.step += 1
-            on_step(result)
-            if interrupted() and self.step < self.batches.train_steps:
+    def _train_epoch(self, on_step: Callable[[Tally], None], interrupted: Callable[[], bool]) -> Record:
+        def after_step(tally: Tally) -> None:
+            self.step, self.tally = self.step + 1, tally
+            on_step(tally)
+            if self.step == self.batches.train_steps:
+                return
+            stop = interrupted()
+            if stop or self._is_due():
                 self.save()
+            if stop:
                 raise KeyboardInterrupt
 
         start_epoch(self.optimizer, self.epoch)
-        result = train_epoch(
+        train_epoch(
             self.model,
             self.optimizer,
             self.batches.train(self.epoch, self.step),
@@ -162,24 +212,31 @@ class Run:
             first_update=self.epoch * self.batches.train_steps + self.step,
             max_grad_norm=self.settings.max_grad_norm,
             micro_batch=None if self.plan is None else self.plan.micro_batch,
+            tally=self.tally,
             on_step=after_step,
         )
-        self.records.append(self._record(result))
-        self.epoch, self.step = self.epoch + 1, 0
+        self.records.append(self._record())
+        self.epoch, self.step, self.tally = self.epoch + 1, 0, Tally()
         write_log(self.out / LOG, self.records)
         self.save()
         return self.records[-1]
 
-    def _record(self, result: EpochResult) -> Record:
-        """A line of the log. After a stop inside an epoch, loss and training accuracy are of its `steps` since then."""
+    def _is_due(self) -> bool:
+        """Whether a checkpoint inside the epoch is due."""
+        epoch, step = self.saved or (0, 0)
+        since = (self.epoch - epoch) * self.batches.train_steps + self.step - step
+        return self.save_every.is_over(since, time.monotonic() - self.saved_at)
+
+    def _record(self) -> Record:
+        """A line of the log."""
         return {
             "epoch": self.epoch,
-            "loss": result.loss,
-            "train_accuracy": result.accuracy,
+            "loss": self.tally.loss,
+            "train_accuracy": self.tally.accuracy,
             "test_accuracy": evaluate(self.model, self.batches.test()),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "steps": result.steps,
-            "seconds": round(result.seconds, 3),
+            "steps": self.tally.steps,
+            "seconds": round(self.tally.seconds, 3),
         }
 
 
@@ -216,6 +273,5 @@ def read_log(path: Path) -> list[Record]:
 
 def write_log(path: Path, records: list[Record]) -> None:
     """One line of JSON a record; lines of epochs that are trained again after a resume are replaced."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -13,7 +13,7 @@ from rich.table import Table
 from trady_triton import Ledger, Plan
 from trady_triton.app.finetune import Record
 from trady_triton.app.planning import mean_channels, smallest_budget
-from trady_triton.app.train import StepResult
+from trady_triton.app.train import Tally
 from trady_triton.cost import LayerShape
 from trady_triton.meters import KINDS
 
@@ -124,7 +124,6 @@ class RunBar:
 
     def __init__(self, console: Console, *, epochs: int, train_steps: int, done: int) -> None:
         self.console, self.epochs, self.train_steps, self.done = console, epochs, train_steps, done
-        self.loss_sum, self.correct, self.samples = 0.0, 0, 0
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -146,18 +145,14 @@ class RunBar:
     ) -> None:
         self.progress.stop()
 
-    def step(self, result: StepResult) -> None:
+    def step(self, tally: Tally) -> None:
         """A step is done."""
-        self.loss_sum += result.loss * result.samples
-        self.correct += result.correct
-        self.samples += result.samples
         self.done += 1
-        state = f"loss {self.loss_sum / self.samples:.3f}  accuracy {self.correct / self.samples:.1%}"
+        state = f"loss {tally.loss:.3f}  accuracy {tally.accuracy:.1%}"
         self.progress.update(self.task, completed=self.done, state=state)
 
     def epoch(self, record: Record) -> None:
-        """An epoch is done: print its line and start the running means anew."""
-        self.loss_sum, self.correct, self.samples = 0.0, 0, 0
+        """An epoch is done: print its line."""
         self.console.print(record_line(record, self.epochs), highlight=False)
         self.progress.update(self.task, description=self._title())
 

@@ -27,23 +27,35 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """One step of an epoch: its number from 0, the batch's loss, and how many of its samples were right."""
+class Tally:
+    """What the steps of an epoch summed up: losses and right answers over samples, and wall-clock seconds with the
+    loading of data."""
 
-    step: int
-    loss: float
-    correct: int
-    samples: int
+    loss_sum: float = 0.0
+    correct: int = 0
+    samples: int = 0
+    steps: int = 0
+    seconds: float = 0.0
 
+    def plus(self, loss: float, correct: int, samples: int, seconds: float) -> Tally:
+        """With one more step, whose mean loss over its samples is `loss`."""
+        return Tally(
+            self.loss_sum + loss * samples,
+            self.correct + correct,
+            self.samples + samples,
+            self.steps + 1,
+            self.seconds + seconds,
+        )
 
-@dataclass(frozen=True)
-class EpochResult:
-    """Means over the samples of an epoch, and the wall-clock seconds of its steps, data included."""
+    @property
+    def loss(self) -> float:
+        """Mean over the samples."""
+        return self.loss_sum / self.samples
 
-    loss: float
-    accuracy: float
-    seconds: float
-    steps: int
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.samples
 
 
 def make_optimizer(
@@ -99,8 +111,9 @@ def train_epoch(
     first_update: int = 0,
     max_grad_norm: float | None = None,
     micro_batch: int | None = None,
-    on_step: Callable[[StepResult], None] | None = None,
-) -> EpochResult:
+    tally: Tally = Tally(),
+    on_step: Callable[[Tally], None] | None = None,
+) -> Tally:
     """Train on every batch once. Call `start_epoch(optimizer, epoch)` before.
 
     Args:
@@ -108,29 +121,32 @@ def train_epoch(
         first_update: the updates made in earlier epochs.
         max_grad_norm: clip the total norm of everything that is trained to this.
         micro_batch: samples of a batch that are forwarded at once, as a plan for a memory has it; None for all.
-        on_step: called when a step is complete; an exception that it raises leaves model and optimizer between steps.
+        tally: of the epoch's earlier steps, where the batches are its rest.
+        on_step: called with the tally when a step is complete; an exception that it raises leaves model and optimizer
+            between steps.
 
     Raises:
         ValueError: no batches, or a loss that is not finite.
     """
     train_mode(model)
     device = next(model.parameters()).device
-    loss_sum, correct, samples, steps = 0.0, 0, 0, 0
-    start = time.perf_counter()
+    start, first = time.perf_counter(), tally.steps
     for inputs, target in batches:
         inputs, target = inputs.to(device), target.to(device)
         loss, hits = train_step(model, optimizer, inputs, target, loss_fn, max_grad_norm, micro_batch)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {steps}: lower the learning rate, or clip the gradient norm")
-        loss_sum, correct, samples = loss_sum + loss * len(target), correct + hits, samples + len(target)
-        steps += 1
+            raise ValueError(
+                f"the loss is {loss} at step {tally.steps}: lower the learning rate, or clip the gradient norm"
+            )
+        end = time.perf_counter()
+        tally, start = tally.plus(loss, hits, len(target), end - start), end
         if scheduler is not None:
-            scheduler.step_update(first_update + steps)
+            scheduler.step_update(first_update + tally.steps - first)
         if on_step is not None:
-            on_step(StepResult(steps - 1, loss, hits, len(target)))
-    if steps == 0:
+            on_step(tally)
+    if tally.steps == first:
         raise ValueError("no batches to train on")
-    return EpochResult(loss_sum / samples, correct / samples, time.perf_counter() - start, steps)
+    return tally
 
 
 def train_step(
