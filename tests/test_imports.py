@@ -25,13 +25,14 @@ ALLOWED = {
     "functional": {"torch", "cost", "ops", "slot"},
     "nn": {*CORE, "cost", "functional", "plan", "policy", "registry", "slot"},
     "optimizer": {"torch", "ops", "plan", "sampling", "slot"},
+    "delta": {*CORE, "ranking", "safetensors", "serial"},
     "meters": {"torch"},
     "microbatch": {"torch"},
     "rehearsal": {"torch", "microbatch", "nn", "optimizer", "plan", "slot"},
     "ledger": {"torch", "meters", "plan", "rehearsal", "serial"},
     "promise": {"torch", "ledger", "meters", "nn", "plan", "policy", "ranking", "rehearsal", "slot"},
     "planner": {"torch", "plan", "promise", "ranking"},
-    "__init__": {"ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
+    "__init__": {"delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 
 

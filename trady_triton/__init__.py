@@ -1,5 +1,6 @@
 """Fine-tune pretrained networks inside a strict memory budget (TraDy, ICLR 2026)."""
 
+from trady_triton.delta import apply_delta, save_delta
 from trady_triton.ledger import Ledger, ledger, measure
 from trady_triton.microbatch import backward_in_parts
 from trady_triton.nn import apply_plan, choose_recompute, remove_plan
@@ -15,6 +16,7 @@ __all__ = [
     "Policy",
     "Ranking",
     "TraDyOptimizer",
+    "apply_delta",
     "apply_plan",
     "backward_in_parts",
     "choose_recompute",
@@ -23,4 +25,5 @@ __all__ = [
     "measure",
     "rank_layers",
     "remove_plan",
+    "save_delta",
 ]
