@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def input_size(model: nn.Module, image_size: int | None) -> int:
     return image_size or int(config["input_size"][-1])
 
 
+def count_classes(net: str, state: Mapping[str, Tensor], options: dict[str, Any], image_size: int | None) -> int | None:
+    """Classes that a network must be built with for its classifier to take these weights; None if they hold none."""
+    model = build_model(net, image_size=image_size, options=options)
+    found = (state.get(f"{name}.weight") for name in find_head(model, []))
+    return next((len(weight) for weight in found if weight is not None), None)
+
+
 def load_weights(model: nn.Module, path: str) -> tuple[str, ...]:
     """Load a .safetensors file or a torch file of tensors; a classifier of another size keeps its own weights.
 
@@ -86,7 +94,7 @@ def load_weights(model: nn.Module, path: str) -> tuple[str, ...]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its tensors are not those of the model.
     """
-    state = _read_state(path)
+    state = read_tensors(path)
     own = model.state_dict()
     head = tuple(f"{name}." for name in find_head(model, []))
     usable = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
@@ -101,7 +109,13 @@ def load_weights(model: nn.Module, path: str) -> tuple[str, ...]:
     return tuple(name for name in own if name not in usable and name.startswith(head))
 
 
-def _read_state(path: str) -> dict[str, Tensor]:
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of a torch file, that of a training checkpoint too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights {path!r}: no such file")
     if path.endswith(".safetensors"):
