@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory
+from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory, storage_bytes
 from trady_triton.plan import Plan
 from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under, trained_by, unchanged
 from trady_triton.serial import read_json, write_json
@@ -229,12 +229,6 @@ def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
         dgrad_flops=flops.dgrad_flops,
         wgrad_flops=flops.wgrad_flops,
     )
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of tensors."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _not_lean(model: nn.Module, kept: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -14,6 +15,7 @@ from trady_triton.ops import scatter_update_, sgd_hyper
 from trady_triton.plan import Plan
 from trady_triton.sampling import Selection
 from trady_triton.slot import ChannelSlot, find_pool, find_slot
+from trady_triton.strict import StepMemory
 
 
 class TraDyOptimizer(Optimizer):
@@ -31,16 +33,24 @@ class TraDyOptimizer(Optimizer):
         plan: the plan that was applied to the model; by default it is found from the parameters.
         lr: learning rate, a float or a 0-dim tensor.
         weight_decay: L2 penalty added to the gradient, as in torch.optim.SGD.
+        strict: let `step()` refuse an update whose forward and backward took more than the plan's `memory`. Without it
+            nobody looks: another batch size, loss or autocast than the plan was made for go unnoticed. What counts:
+            see `StepMemory`; on the CPU what runs inside `with optimizer.metered():`.
 
     Raises:
-        ValueError: a number out of range; or the parameters lack a layer of the plan: the plan was not applied,
-            another one was, or the model is a copy of the planned one.
+        ValueError: a number out of range; `strict` for a plan without `memory`; or the parameters lack a layer of the
+            plan: the plan was not applied, another one was, or the model is a copy of the planned one.
     """
 
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, params: Iterable[Any], plan: Plan | None = None, lr: float | Tensor = 1e-3, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        plan: Plan | None = None,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        strict: bool = False,
     ) -> None:
         groups = _listed(params)
         pool = next((found for item in _tensors(groups) if (found := find_pool(item)) is not None), None)
@@ -63,6 +73,10 @@ class TraDyOptimizer(Optimizer):
                 f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
                 "deepcopy needs remove_plan and apply_plan of its own"
             )
+        assert pool is not None
+        self._model = pool.model
+        device = self.param_groups[0]["params"][0].device
+        self.memory = StepMemory(plan, device, self._owned) if strict else None
 
     @property
     def epoch(self) -> int | None:
@@ -104,7 +118,20 @@ class TraDyOptimizer(Optimizer):
         if epoch != self.epoch or any(slot.is_stale for slot in self._all_slots()):
             self._check_idle()
             self._install(epoch, channels)
+        if self.memory is not None:
+            self.memory.restart()
         return channels
+
+    def metered(self) -> AbstractContextManager[None]:
+        """What an optimizer with `strict` counts on the CPU: forward and backward of a step, or of a part of it.
+
+            with optimizer.metered():
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+
+        On CUDA, where everything is counted, and without `strict` the block changes nothing.
+        """
+        return nullcontext() if self.memory is None else self.memory.metered()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -116,14 +143,17 @@ class TraDyOptimizer(Optimizer):
         """Update the drawn channels and what is trained whole.
 
         Raises:
-            RuntimeError: `resample` was never called, so nothing but the head would be trained.
+            RuntimeError: `resample` was never called, so nothing but the head would be trained; or `strict` and the
+                step took more memory than the plan promises. Nothing is changed then.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.metered():
                 loss = closure()
         if self.epoch is None:
             raise RuntimeError("no channels are drawn: call optimizer.resample(epoch) at the start of every epoch")
+        if self.memory is not None:
+            self.memory.check()
         if not self._found_inf():
             for group, slots in zip(self.param_groups, self._slots, strict=True):
                 self._step_group(group, slots)
@@ -173,6 +203,16 @@ class TraDyOptimizer(Optimizer):
         if "param_names" in group:
             group["param_names"].extend(map(_proxy_name, slots))
         self._slots[place].extend(slots)
+
+    def _owned(self) -> Iterator[Tensor]:
+        """All that lives from step to step: the model, proxies and gradients, ids of channels, states."""
+        if (model := self._model()) is not None:
+            yield from (*model.parameters(), *model.buffers())
+        for group in self.param_groups:
+            yield from group["params"]
+            yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
+        yield from (slot.channels for slot in self._all_slots())
+        yield from (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
 
     def _all_slots(self) -> list[ChannelSlot]:
         return [slot for slots in self._slots for slot in slots]

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trady_triton.ledger import storage_bytes
-from trady_triton.meters import LiveStorages
+from trady_triton.meters import LiveStorages, storage_bytes
 from trady_triton.nn import remove_plan
 from trady_triton.plan import Plan, make_plan, parse_budget
 from trady_triton.policy import Policy

@@ -125,14 +125,20 @@ def unchanged(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     before = [tensor.detach().clone() for tensor in whole]
     rates = [group["lr"] for group in optimizer.param_groups]
     modes = {module: module.training for module in model.modules()}
+    memory = getattr(optimizer, "memory", None)
     devices = [torch.cuda.current_device()] if any(p.is_cuda for p in model.parameters()) else []
     try:
+        if memory is not None:
+            optimizer.memory = None  # type: ignore[attr-defined]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         with _state_kept(optimizer), torch.random.fork_rng(devices), torch.enable_grad():
             yield
     finally:
         optimizer.zero_grad()
+        if memory is not None:
+            optimizer.memory = memory  # type: ignore[attr-defined]
+            memory.restart()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for module, mode in modes.items():

@@ -155,10 +155,11 @@ class ChannelSlot:
 
 @dataclass(frozen=True)
 class Pool:
-    """The slots of all weights of a planned model, and the plan: what an optimizer needs to know."""
+    """A planned model, the slots of its weights, and the plan: what an optimizer needs to know."""
 
     plan: Any  # a Plan; slots know none
     slots: tuple[ChannelSlot, ...]
+    model: weakref.ref[nn.Module]
 
 
 class _Link:

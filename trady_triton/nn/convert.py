@@ -6,6 +6,7 @@ state and another forward (as torch's lazy modules and `fully_shard` do). So nam
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 from torch import nn
@@ -144,7 +145,8 @@ def _install_slots(model: nn.Module, plan: Plan) -> None:
         layer = model.get_submodule(name)
         slot = ChannelSlot(name, layer.weight, getattr(layer, "groups", 1), plan.fingerprint)  # type: ignore[arg-type]
         slots[id(layer.weight)] = slot
-    attach_pool(Pool(plan, tuple(slots.values())), (p for p in model.parameters() if p.requires_grad))
+    pool = Pool(plan, tuple(slots.values()), weakref.ref(model))
+    attach_pool(pool, (p for p in model.parameters() if p.requires_grad))
     for module in model.modules():
         if id(getattr(module, "weight", None)) in slots and isinstance(module, nn.Conv2d | nn.Linear):
             module.slot = slots[id(module.weight)]  # type: ignore[assignment]
