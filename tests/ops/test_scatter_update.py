@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from trady_triton.ops.scatter_update import (
+    adamw_corrections,
     adamw_hyper,
     scatter_update_,
     scatter_update_ref,
@@ -197,6 +198,30 @@ def test_rows_of_hyper_belong_to_layers(generator):
     assert weights[1][:, 1].tolist() == [-0.25] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("update", [scatter_update_, scatter_update_ref])
+def test_every_channel_has_its_own_number_of_adamw_steps(update, dtype, generator):
+    """All channels of two layers at once, or each alone with the step of its own: the same weights."""
+    weights, grads, channels = layers(generator, dtype)
+    grads = [grad.to(dtype) for grad in grads]
+    steps = [torch.arange(1, ids.numel() + 1) * 3 % 7 + 1 for ids in channels]
+    momenta, variances = ([0.1 * grad**k for grad in grads] for k in (1, 2))
+    alone = [[t.clone() for t in tensors] for tensors in (weights, momenta, variances)]
+    options = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    corrections = adamw_corrections(torch.cat(steps), options["betas"])
+    hyper = hyper_rows([adamw_hyper(0.01, 1, **options)] * len(weights))
+    update(weights, grads, channels, hyper, momenta, variances, "adamw", corrections=corrections)
+    for layer, counts in enumerate(steps):
+        weight, m, v = (tensors[layer] for tensors in alone)
+        for k, step in enumerate(counts.tolist()):
+            row = slice(k, k + 1)
+            parts = [weight], [grads[layer][row]], [channels[layer][row]]
+            scatter_update_ref(*parts, hyper_rows([adamw_hyper(0.01, step, **options)]), [m[row]], [v[row]], "adamw")
+        bound = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(weights[layer], weight, rtol=bound, atol=bound)
+        torch.testing.assert_close(variances[layer], v, rtol=bound, atol=bound)
+
+
 def test_empty_layers_are_left_alone():
     weight = torch.ones(4, 3)
     scatter_update_([weight], [torch.ones(0, 4)], [torch.arange(0)], hyper_rows([sgd_hyper(1.0)]))
@@ -215,7 +240,7 @@ def test_update_passes_opcheck():
     momenta = [torch.zeros_like(grad) for grad in grads]
     opcheck(
         torch.ops.trady.scatter_update_,
-        (weights, grads, channels, hyper, momenta, [], "sgd", False, None, None, []),
+        (weights, grads, channels, hyper, momenta, [], "sgd", False, None, None, [], None),
     )
 
 
@@ -227,6 +252,7 @@ def test_update_passes_opcheck():
         ({"grads": [torch.ones(2, 5)]}, "layer 0"),
         ({"algorithm": "adamw"}, "momenta"),
         ({"seed": torch.tensor([1])}, "bfloat16"),
+        ({"corrections": torch.ones(3, 2, dtype=torch.float64)}, r"corrections: got \(3, 2\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):

@@ -7,7 +7,7 @@ from trady_triton.ops.conv_wgrad import conv_wgrad
 from trady_triton.ops.dequantize import dequantize_channels
 from trady_triton.ops.grouped_wgrad import grouped_wgrad
 from trady_triton.ops.quantize import quantize_channels
-from trady_triton.ops.scatter_update import adamw_hyper, scatter_update_, sgd_hyper, update_tables
+from trady_triton.ops.scatter_update import adamw_corrections, adamw_hyper, scatter_update_, sgd_hyper, update_tables
 from trady_triton.ops.splitk_reduce import splitk_reduce_
 from trady_triton.ops.store import store_channels
 from trady_triton.ops.token_wgrad import token_wgrad
@@ -17,6 +17,7 @@ __all__ = [
     "act_pack",
     "act_store",
     "act_unpack",
+    "adamw_corrections",
     "adamw_hyper",
     "bias_grad",
     "conv_wgrad",

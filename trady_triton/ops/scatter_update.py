@@ -19,7 +19,7 @@ from trady_triton.ops.select_config import Config
 
 ALGORITHMS = ("sgd", "adamw")
 HYPER_COLUMNS = 7
-TABLE_COLUMNS = 12
+TABLE_COLUMNS = 13
 BLOCK_K, BLOCK_E = 16, 64  # 16 channels share the 32-byte sectors of a weight row
 CONFIG = Config({"BK": BLOCK_K, "BE": BLOCK_E}, num_warps=4, num_stages=1)  # not tuned: the tables depend on it
 
@@ -34,9 +34,20 @@ def sgd_hyper(lr: float, momentum: float = 0.0, dampening: float = 0.0, weight_d
 def adamw_hyper(
     lr: float, step: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2
 ) -> list[float]:
-    """A row of `hyper` for AdamW in its `step`-th step, counted from 1."""
+    """A row of `hyper` for AdamW in its `step`-th step, counted from 1; `adamw_corrections` overrides the step."""
     correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step
     return [lr, *betas, weight_decay, eps, correction1, correction2**0.5]
+
+
+def adamw_corrections(steps: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
+    """Bias corrections [sum K, 2] float64 of channels that were drawn at different times.
+
+    steps: [sum K], how many steps each channel has made, this one included; the channels of all layers in their order.
+    """
+    decays = torch.tensor(betas, dtype=torch.float64, device=steps.device)
+    corrections = 1 - decays ** steps.double()[:, None]
+    corrections[:, 1].sqrt_()
+    return corrections
 
 
 @jit
@@ -52,7 +63,8 @@ def _round_to_bf16(value, seed, tile, row, layer, BK: tl.constexpr, BE: tl.const
 
 @jit
 def _scatter_update_kernel(
-    layers_ptr, blocks_ptr, grads_ptr, hyper_ptr, found_inf_ptr, seed_ptr, weight_ptr, grad_ptr, state_ptr, ids_ptr,
+    layers_ptr, blocks_ptr, grads_ptr, hyper_ptr, corrections_ptr, found_inf_ptr, seed_ptr, weight_ptr, grad_ptr,
+    state_ptr, ids_ptr,
     ADAMW: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr,
     COMPUTE: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +75,7 @@ def _scatter_update_kernel(
     layer = tl.load(blocks_ptr + tl.program_id(0).to(tl.int64) * 3)
     row = tl.load(blocks_ptr + tl.program_id(0).to(tl.int64) * 3 + 1) * BK + tl.arange(0, BK)
     tile = tl.load(blocks_ptr + tl.program_id(0).to(tl.int64) * 3 + 2)
-    table = layers_ptr + layer.to(tl.int64) * 12
+    table = layers_ptr + layer.to(tl.int64) * 13
     w_base = tl.load(table).to(weight_ptr.dtype)
     ids = tl.load(table + 1).to(ids_ptr.dtype)
     K, E, taps = tl.load(table + 4), tl.load(table + 5), tl.load(table + 6)
@@ -91,8 +103,14 @@ def _scatter_update_kernel(
         v = v * second.to(COMPUTE) + (1.0 - second).to(COMPUTE) * grad * grad
         tl.store(m_at, m, mask=mask)
         tl.store(v_at, v, mask=mask)
-        step_size = (lr / tl.load(hyper + 5)).to(COMPUTE)
-        denominator = tl.sqrt(v) / tl.load(hyper + 6).to(COMPUTE) + tl.load(hyper + 4).to(COMPUTE)
+        if corrections_ptr is None:
+            correction1, correction2 = tl.load(hyper + 5), tl.load(hyper + 6)
+        else:
+            of_row = corrections_ptr + (tl.load(table + 12) + row)[:, None] * 2
+            correction1 = tl.load(of_row, mask=(row < K)[:, None], other=1.0)
+            correction2 = tl.load(of_row + 1, mask=(row < K)[:, None], other=1.0)
+        step_size = (lr / correction1).to(COMPUTE)
+        denominator = tl.sqrt(v) / correction2.to(COMPUTE) + tl.load(hyper + 4).to(COMPUTE)
         w = w * (1.0 - lr * decay).to(COMPUTE) - step_size * m / denominator
     else:
         grad = grad + decay.to(COMPUTE) * w
@@ -133,12 +151,14 @@ def _layer_row(weight: torch.Tensor, channels: torch.Tensor, states: Tensors) ->
 def update_tables(
     weights: Tensors, grads: Tensors, channels: Tensors, momenta: Tensors = (), variances: Tensors = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers [L, 12] int64, blocks [B, 3] int32) on the weights' device: addresses, geometry, and who updates what.
+    """(layers [L, 13] int64, blocks [B, 3] int32) on the weights' device: addresses, geometry, and who updates what.
 
     They stay valid until a weight, an index or a state moves: build them once a resample. Of `grads` the shapes matter.
     """
     groups = zip(*(tensors for tensors in (grads, momenta, variances) if tensors), strict=True)
     rows = [_layer_row(w, c, states) for w, c, states in zip(weights, channels, groups, strict=True)]
+    first_channels = itertools.accumulate((row[4] for row in rows), initial=0)
+    rows = [[*row, first] for row, first in zip(rows, first_channels, strict=False)]
     blocks = [
         (layer, i, tile)
         for layer, row in enumerate(rows)
@@ -166,12 +186,20 @@ def _sgd_ref(
     w.add_(grad, alpha=-lr)
 
 
-def _adamw_ref(w: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, hyper: list[float]) -> None:
+def _adamw_ref(
+    w: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, hyper: list[float],
+    corrections: torch.Tensor | None,
+) -> None:  # fmt: skip
     lr, beta1, beta2, decay, eps, correction1, correction2 = hyper
     w.mul_(1 - lr * decay)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    w.addcdiv_(m, (v.sqrt() / correction2).add_(eps), value=-lr / correction1)
+    if corrections is None:
+        w.addcdiv_(m, (v.sqrt() / correction2).add_(eps), value=-lr / correction1)
+        return
+    by_channel = corrections.to(w.device).view(-1, 2, *[1] * (w.dim() - 1))
+    step_size, correction = (-lr / by_channel[:, 0]).to(w.dtype), by_channel[:, 1].to(w.dtype)
+    w.addcdiv_(m * step_size, (v.sqrt() / correction).add_(eps))
 
 
 def _stochastic_bf16_ref(w: torch.Tensor, seed: torch.Tensor, layer: int) -> torch.Tensor:
@@ -186,17 +214,19 @@ def _stochastic_bf16_ref(w: torch.Tensor, seed: torch.Tensor, layer: int) -> tor
 def scatter_update_ref(
     weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (),
     variances: Tensors = (), algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None, tables: Tensors = (),
+    seed: torch.Tensor | None = None, tables: Tensors = (), corrections: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """What `scatter_update_` computes, layer by layer in torch."""
     if found_inf is not None and found_inf.item():
         return
+    counts = [ids.numel() for ids in channels]
+    by_layer = [None] * len(counts) if corrections is None else corrections.split(counts)
     for layer, (weight, grad, ids, row) in enumerate(zip(weights, grads, channels, hyper.tolist(), strict=True)):
         by_channel = weight.unflatten(0, (-1, grad.shape[1])).transpose(1, 2)  # a view [G, C/G, O/G, *taps]
         at = (ids.long() // weight.shape[1], ids.long() % weight.shape[1])
         w, grad = by_channel[at].to(_compute_dtype(weight)), grad.to(_compute_dtype(weight))
         if algorithm == "adamw":
-            _adamw_ref(w, grad, momenta[layer], variances[layer], row)
+            _adamw_ref(w, grad, momenta[layer], variances[layer], row, by_layer[layer])
         else:
             _sgd_ref(w, grad, momenta[layer] if momenta else None, row, nesterov)
         w = w if seed is None else _stochastic_bf16_ref(w, seed, layer)
@@ -210,10 +240,11 @@ def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
 def _update(
     weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors, variances: Tensors,
     algorithm: str, nesterov: bool, found_inf: torch.Tensor | None, seed: torch.Tensor | None, tables: Tensors,
+    corrections: torch.Tensor | None,
 ) -> None:  # fmt: skip
     if not use_triton(weights[0]):
         scatter_update_ref(
-            weights, grads, channels, hyper, momenta, variances, algorithm, nesterov, found_inf, seed
+            weights, grads, channels, hyper, momenta, variances, algorithm, nesterov, found_inf, seed, (), corrections
         )  # fmt: skip
         return
     layers, blocks = tables or update_tables(weights, grads, channels, momenta, variances)
@@ -224,6 +255,7 @@ def _update(
     carrier = weights[0].new_empty(1, dtype=compute)
     launch(
         _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, hyper.to(device, non_blocking=True),
+        None if corrections is None else corrections.to(device, non_blocking=True),
         found_inf, seed, weights[0], grads[0], carrier, channels[0], config=CONFIG, ADAMW=algorithm == "adamw",
         MOMENTUM=bool(momenta), NESTEROV=nesterov, STOCHASTIC=seed is not None,
         COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,
@@ -237,7 +269,8 @@ def _fake(*arguments: object) -> None:
 
 _op = register_op(
     "scatter_update_(Tensor(a!)[] weights, Tensor[] grads, Tensor[] channels, Tensor hyper, Tensor(b!)[] momenta, "
-    "Tensor(c!)[] variances, str algorithm, bool nesterov, Tensor? found_inf, Tensor? seed, Tensor[] tables) -> ()",
+    "Tensor(c!)[] variances, str algorithm, bool nesterov, Tensor? found_inf, Tensor? seed, Tensor[] tables, "
+    "Tensor? corrections) -> ()",
     _update,
     _fake,
 )
@@ -246,7 +279,7 @@ _op = register_op(
 def scatter_update_(
     weights: Tensors, grads: Tensors, channels: Tensors, hyper: torch.Tensor, momenta: Tensors = (),
     variances: Tensors = (), algorithm: str = "sgd", nesterov: bool = False, found_inf: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None, tables: Tensors = (),
+    seed: torch.Tensor | None = None, tables: Tensors = (), corrections: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Update the selected channels of every weight in place.
 
@@ -256,12 +289,14 @@ def scatter_update_(
     found_inf: a flag of one element that, when not zero, turns the update into a no-op.
     seed: int64 of one element, a new one each step; rounds bf16 weights stochastically.
     tables: what `update_tables` returned for these tensors; built here when absent.
+    corrections: [sum K, 2] float64 by `adamw_corrections`, where the channels have made different numbers of steps.
     Raises: ValueError when lists, shapes or dtypes do not fit.
     """
     if not weights:
         return
     _check(weights, grads, channels, hyper, momenta, variances, algorithm, seed)
-    _op(weights, grads, channels, hyper, momenta, variances, algorithm, nesterov, found_inf, seed, tables)
+    _check_corrections(corrections, sum(ids.numel() for ids in channels))
+    _op(weights, grads, channels, hyper, momenta, variances, algorithm, nesterov, found_inf, seed, tables, corrections)
 
 
 def _check(
@@ -290,6 +325,13 @@ def _check(
                 f"layer {i}: weight {tuple(weight.shape)} and {ids.numel()} channels want a gradient "
                 f"[K, O/G, *taps], got {tuple(grad.shape)}"
             )
+
+
+def _check_corrections(corrections: torch.Tensor | None, count: int) -> None:
+    if corrections is not None and (tuple(corrections.shape) != (count, 2) or corrections.dtype != torch.float64):
+        raise ValueError(
+            f"corrections: got {tuple(corrections.shape)} {corrections.dtype}, wanted ({count}, 2) float64"
+        )
 
 
 def _check_uniform(name: str, tensors: Tensors, length: int, dtype: torch.dtype) -> None:

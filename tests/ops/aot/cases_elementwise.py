@@ -48,7 +48,7 @@ def fused(kind, bits, pixel_major=False, stochastic=False):
     )
 
 
-def update(algorithm, weight, stochastic=False, momentum=False):
+def update(algorithm, weight, stochastic=False, momentum=False, corrected=False):
     signature = {
         "layers_ptr": "*i64",
         "blocks_ptr": "*i32",
@@ -56,11 +56,13 @@ def update(algorithm, weight, stochastic=False, momentum=False):
         "hyper_ptr": "*fp64",
         "found_inf_ptr": "*fp32",
     }
+    signature |= {"corrections_ptr": "*fp64"} if corrected else {}
     signature |= {"seed_ptr": "*i64"} if stochastic else {}
     signature |= {"weight_ptr": f"*{weight}", "grad_ptr": "*fp32", "state_ptr": "*fp32", "ids_ptr": "*i32"}
     constants = {"ADAMW": algorithm == "adamw", "MOMENTUM": momentum, "NESTEROV": False, "STOCHASTIC": stochastic}
     constants["COMPUTE"] = tl.float32
     name = f"scatter_update {algorithm} {weight}" + " momentum" * momentum + " stochastic" * stochastic
+    name += " by channel" * corrected
     ci = algorithm == "adamw" and stochastic
     return case(name, _scatter_update_kernel, signature, constants, CONFIG, ci)
 
@@ -70,4 +72,4 @@ CASES += [unpack(kind, bits) for kind, bits in KINDS[:3]]
 CASES += [fused(kind, bits, pixel_major) for kind, bits in KINDS[:3] for pixel_major in (False, True)]
 CASES += [fused("gelu", 8, stochastic=True)]
 CASES += [update("sgd", "fp32"), update("sgd", "fp32", momentum=True), update("sgd", "bf16", stochastic=True)]
-CASES += [update("adamw", "fp32"), update("adamw", "bf16", stochastic=True)]
+CASES += [update("adamw", "fp32"), update("adamw", "fp32", corrected=True), update("adamw", "bf16", stochastic=True)]
