@@ -32,10 +32,10 @@ def smallest(net: nn.Module, ranking: Ranking, **options: object) -> int:
     return int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1])
 
 
-def measured_totals(net: nn.Module, plan: Plan, x: Tensor, y: Tensor, epochs: int) -> list[int]:
+def measured_totals(net: nn.Module, plan: Plan, x: Tensor, y: Tensor, epochs: int, **options: object) -> list[int]:
     """Memory of a step in each epoch, with a weight decay."""
     apply_plan(net, plan)
-    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1, weight_decay=0.01)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1, weight_decay=0.01, **options)
     totals = []
     for epoch in range(epochs):
         optimizer.resample(epoch)
@@ -51,6 +51,15 @@ def test_no_epoch_exceeds_the_memory(factor: float) -> None:
     plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, coverage=1.0)
     totals = measured_totals(net, plan, torch.randn(SHAPE), torch.arange(8) % 5, epochs=10)
     assert max(totals) <= memory == plan.memory
+
+
+@pytest.mark.parametrize(("optimizer", "options"), [("momentum", {"momentum": 0.9}), ("adamw", {"algorithm": "adamw"})])
+def test_no_epoch_exceeds_the_memory_with_the_optimizers_state(optimizer: str, options: dict[str, object]) -> None:
+    net, ranking = toy()
+    memory = int(1.1 * smallest(net, ranking, optimizer=optimizer))
+    plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, coverage=1.0, optimizer=optimizer)
+    totals = measured_totals(net, plan, torch.randn(SHAPE), torch.arange(8) % 5, epochs=10, **options)
+    assert max(totals) <= memory
 
 
 def test_no_epoch_of_a_whole_network_exceeds_the_memory() -> None:

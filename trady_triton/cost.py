@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 DEPTHWISE_CHARGES = ("exact", "paper")
+OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class CostModel:
     """How a channel is charged against the budget.
 
     The default counts elements for one sample, the paper's unit. With item sizes in bytes and the batch size of the
-    training it counts the bytes of a channel's compact gradient and compact store.
+    training it counts the bytes of a channel's compact gradient and compact store. `states` is how many tensors of the
+    gradient's shape the optimizer keeps: 0 for SGD, 1 with momentum, 2 for AdamW.
     `depthwise="paper"` charges a depthwise channel 1 weight instead of its D*D, as the paper's own numbers do.
     """
 
@@ -117,26 +119,34 @@ class CostModel:
     activation_itemsize: int = 1
     unit: str = "elements"
     depthwise: str = "exact"
+    states: int = 0
+    state_itemsize: int = 1
 
     def __post_init__(self) -> None:
         if self.depthwise not in DEPTHWISE_CHARGES:
             raise ValueError(f"cost_model {self.depthwise!r}: wanted one of {', '.join(DEPTHWISE_CHARGES)}")
         if self.unit not in ("elements", "bytes"):
             raise ValueError(f"unit {self.unit!r}: wanted elements or bytes")
-        for name in ("batch_size", "gradient_itemsize", "activation_itemsize"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r}: wanted an integer of at least 1")
+        for name in ("batch_size", "gradient_itemsize", "activation_itemsize", "states", "state_itemsize"):
+            value, least = getattr(self, name), 0 if name == "states" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} {value!r}: wanted an integer of at least {least}")
 
     def gradient_cost(self, shape: LayerShape) -> int:
         """Charge of one channel's compact gradient dW[:, c]."""
-        paper = self.depthwise == "paper" and shape.is_depthwise
-        return (1 if paper else shape.channel_weights) * self.gradient_itemsize
+        return self._weights(shape) * self.gradient_itemsize
+
+    def state_cost(self, shape: LayerShape) -> int:
+        """Charge of what the optimizer keeps of one channel."""
+        return self._weights(shape) * self.states * self.state_itemsize
 
     def activation_cost(self, shape: LayerShape) -> int:
         """Charge of one channel's compact store A[:, c], all samples of the batch."""
         return shape.stored_positions * self.batch_size * self.activation_itemsize
 
     def channel_cost(self, shape: LayerShape) -> int:
-        """Charge of training one input channel (eq. 3)."""
-        return self.gradient_cost(shape) + self.activation_cost(shape)
+        """Charge of training one input channel (eq. 3, and the optimizer's state)."""
+        return self.gradient_cost(shape) + self.activation_cost(shape) + self.state_cost(shape)
+
+    def _weights(self, shape: LayerShape) -> int:
+        return 1 if self.depthwise == "paper" and shape.is_depthwise else shape.channel_weights

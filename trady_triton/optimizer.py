@@ -1,4 +1,4 @@
-"""TraDyOptimizer: plain SGD on the drawn channels and on what is trained whole, with a fresh draw every epoch."""
+"""TraDyOptimizer: which channels and parameters are trained now, with what state; the maths is in `update`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trady_triton.ops import scatter_update_, sgd_hyper
 from trady_triton.plan import Plan
 from trady_triton.sampling import Selection
 from trady_triton.slot import ChannelSlot, find_pool, find_slot
+from trady_triton.states import (
+    ALGORITHMS,
+    STATE_POLICIES,
+    State,
+    carry_,
+    check_saved,
+    fill_whole_state,
+    load_,
+    new_channel_state,
+    state_names,
+    state_shapes,
+)
 from trady_triton.strict import StepMemory
+from trady_triton.update import ChannelUpdate, Trained, update_whole
 
 
 class TraDyOptimizer(Optimizer):
-    """SGD without momentum (the paper's optimizer) for a model to which `apply_plan` was applied.
+    """SGD or AdamW, as in torch.optim, for a model to which `apply_plan` was applied. The paper has plain SGD.
 
     Call `resample(epoch)` at the start of every epoch, then step as usual. `param_groups` hold the tensors that have
     gradients: the parameters that are trained whole (the head), and for each weight of the pool the proxy of its
     compact gradient; so clipping over `param_groups`, schedulers and GradScaler see everything that is trained.
-    Weight decay touches the drawn channels only; all other weights stay bit for bit what they are.
+    Weight decay touches the drawn channels only; all other weights stay bit for bit what they are. Momentum and AdamW
+    keep state for the drawn channels and for what is trained whole, and for nothing else; a plan in bytes must have
+    counted it: `make_plan(..., optimizer="momentum")` or "adamw".
 
     Args:
         params: `model.parameters()`, named parameters, or groups of them; frozen parameters are passed over. Weights of
@@ -32,14 +46,21 @@ class TraDyOptimizer(Optimizer):
             the largest weight decay.
         plan: the plan that was applied to the model; by default it is found from the parameters.
         lr: learning rate, a float or a 0-dim tensor.
-        weight_decay: L2 penalty added to the gradient, as in torch.optim.SGD.
+        weight_decay: L2 penalty added to the gradient, as in torch.optim.SGD; with AdamW decoupled from it.
         strict: let `step()` refuse an update whose forward and backward took more than the plan's `memory`. Without it
             nobody looks: another batch size, loss or autocast than the plan was made for go unnoticed. What counts:
             see `StepMemory`; on the CPU what runs inside `with optimizer.metered():`.
+        algorithm: "sgd" or "adamw".
+        momentum, nesterov: of SGD.
+        betas, eps: of AdamW.
+        state_policy: what becomes of the drawn channels' state when channels are drawn anew. "carry" keeps that of
+            channels that are drawn again and starts others from zero, with step counts of their own; "reset" starts
+            all from zero. What is trained whole keeps its state.
 
     Raises:
-        ValueError: a number out of range; `strict` for a plan without `memory`; or the parameters lack a layer of the
-            plan: the plan was not applied, another one was, or the model is a copy of the planned one.
+        ValueError: an option out of range; the algorithm keeps more state than the plan has counted; `strict` for a
+            plan without `memory`; or the parameters lack a layer of the plan: the plan was not applied, another one
+            was, or the model is a copy of the planned one.
     """
 
     _step_supports_amp_scaling = True
@@ -51,6 +72,13 @@ class TraDyOptimizer(Optimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         strict: bool = False,
+        *,
+        algorithm: str = "sgd",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        state_policy: str = "carry",
     ) -> None:
         groups = _listed(params)
         pool = next((found for item in _tensors(groups) if (found := find_pool(item)) is not None), None)
@@ -60,10 +88,18 @@ class TraDyOptimizer(Optimizer):
                 f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model, and "
                 "the parameters lead to none"
             )
+        _check_choice("algorithm", algorithm, ALGORITHMS)
+        _check_choice("state_policy", state_policy, STATE_POLICIES)
+        if algorithm == "adamw" and (momentum or nesterov):
+            raise ValueError(f"momentum {momentum!r}, nesterov {nesterov!r}: are of SGD, AdamW has betas")
         self.plan = plan
+        self.algorithm = algorithm
+        self.state_policy = state_policy
         self._slots: list[list[ChannelSlot]] = []
-        defaults = {"lr": lr, "weight_decay": weight_decay, "trady_epoch": -1, "trady_plan": plan.fingerprint}
-        super().__init__(groups, defaults)
+        self._update_channels = ChannelUpdate(algorithm)
+        options = {"betas": betas, "eps": eps} if algorithm == "adamw" else {"momentum": momentum, "nesterov": nesterov}
+        defaults = {"lr": lr, "weight_decay": weight_decay, **options}
+        super().__init__(groups, {**defaults, "trady_epoch": -1, "trady_plan": plan.fingerprint})
         if pool is not None:
             self._add_left_out(pool.slots)
         missing = set(plan.pool) - {slot.layer for slot in self._all_slots()}
@@ -86,8 +122,7 @@ class TraDyOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters; their proxies take the place of the frozen weights."""
-        _check_range("lr", param_group.get("lr", self.defaults["lr"]))
-        _check_range("weight_decay", param_group.get("weight_decay", self.defaults["weight_decay"]))
+        self._check_options({**self.defaults, **param_group})
         params = param_group["params"]
         given = [params] if isinstance(params, Tensor) else list(params)
         named = [item if isinstance(item, tuple) else (None, item) for item in given]
@@ -98,6 +133,7 @@ class TraDyOptimizer(Optimizer):
         is_named = any(isinstance(item, tuple) for item in given)
         super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
         self._slots.append(slots)
+        self._fill_states()
 
     def resample(self, epoch: int | None = None) -> Selection:
         """Draw the channels of an epoch and install them; without an argument, of the next epoch.
@@ -155,43 +191,87 @@ class TraDyOptimizer(Optimizer):
         if self.memory is not None:
             self.memory.check()
         if not self._found_inf():
-            for group, slots in zip(self.param_groups, self._slots, strict=True):
-                self._step_group(group, slots)
+            self._unscale()
+            self._update()
         for slot in self._all_slots():
             slot.draw.unapplied = False
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, and the states: `trady_state` of each group, by layer and by position of a whole parameter.
+
+        They stand in the groups, not in "state", because tools such as torch.distributed.checkpoint look there for
+        the names of module parameters only, which the drawn channels are not.
+        """
+        packed = super().state_dict()
+        for packed_group, names, members in zip(packed["param_groups"], self._names(), self.param_groups, strict=True):
+            states = {name: dict(self.state[p]) for name, p in zip(names, members["params"], strict=True)}
+            packed_group["trady_state"] = {name: state for name, state in states.items() if state}
+        for packed_group, slots in zip(packed["param_groups"], self._slots, strict=True):
+            packed_group["params"] = packed_group["params"][: len(packed_group["params"]) - len(slots)]
+        return {**packed, "state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict()` of the same plan and install the channels of its epoch.
 
         Raises:
-            ValueError: the state belongs to another plan, or to other groups. Nothing is changed then.
+            ValueError: the state belongs to another plan, algorithm, or other groups. Nothing is changed then.
         """
-        found = {group.get("trady_plan") for group in state_dict["param_groups"]}
-        if found != {self.plan.fingerprint}:
-            raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {self.plan.fingerprint}")
+        groups = state_dict["param_groups"]
+        self._check_saved_groups(groups)
         self._check_idle()
-        super().load_state_dict(state_dict)
-        if self.epoch is not None:
-            self._install(self.epoch, self.plan.sample(self.epoch))
+        epoch = groups[0]["trady_epoch"]
+        channels = self.plan.sample(epoch) if epoch >= 0 else {}
+        saved = [group.get("trady_state", {}) for group in groups]
+        self._check_saved_states(groups, saved, channels)
+        plain = [{key: value for key, value in group.items() if key != "trady_state"} for group in groups]
+        for group, own in zip(plain, super().state_dict()["param_groups"], strict=True):
+            group["params"] = own["params"]
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": plain})
+        self._install(epoch, channels)
+        self._fill_states()
+        for names, states, members in zip(self._names(), saved, self.param_groups, strict=True):
+            for name, member in zip(names, members["params"], strict=True):
+                load_(self.state[member], states.get(name, {}))
 
-    def _step_group(self, group: dict[str, Any], slots: list[ChannelSlot]) -> None:
-        lr, decay = float(group["lr"]), group["weight_decay"]
-        for parameter in group["params"][: len(group["params"]) - len(slots)]:
-            if parameter.grad is not None:
-                sgd_(parameter, self._unscaled(parameter.grad), lr, decay)
-        self._step_slots([slot for slot in slots if slot.proxy.grad is not None], lr, decay)
+    def _update(self) -> None:
+        """One step of everything that has a gradient."""
+        for group, parameters in self._whole():
+            moved = [parameter for parameter in parameters if parameter.grad is not None]
+            if moved:
+                states = [fill_whole_state(self.state[p], p, self.algorithm, group) for p in moved]
+                update_whole(self.algorithm, group, moved, states)
+        self._update_channels(
+            Trained(slot, self.state[slot.proxy], group)
+            for group, slots in zip(self.param_groups, self._slots, strict=True)
+            for slot in slots
+            if slot.proxy.grad is not None
+        )
 
-    def _step_slots(self, slots: list[ChannelSlot], lr: float, decay: float) -> None:
-        """Update the drawn channels: one call for all weights of a device and dtype."""
-        for kind in {(slot.weight.device, slot.weight.dtype) for slot in slots}:
-            alike = [slot for slot in slots if (slot.weight.device, slot.weight.dtype) == kind]
-            scatter_update_(
-                [slot.weight for slot in alike],
-                [self._unscaled(slot.gradient()) for slot in alike],
-                [slot.channels for slot in alike],
-                torch.tensor([sgd_hyper(lr, weight_decay=decay)] * len(alike), dtype=torch.float64),
-            )
+    def _whole(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Of each group, what is trained whole."""
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            yield group, group["params"][: len(group["params"]) - len(slots)]
+
+    def _fill_states(self) -> None:
+        """Give everything that is trained the state that it lacks, and an entry of `state` where nothing is kept.
+
+        Without entries torch.distributed.checkpoint would run a step of its own to make them.
+        """
+        for group, parameters in self._whole():
+            for parameter in parameters:
+                fill_whole_state(self.state[parameter], parameter, self.algorithm, group)
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            for slot in slots:
+                if not self.state[slot.proxy]:
+                    self.state[slot.proxy] = new_channel_state(slot, self.algorithm, group)
+
+    def _names(self) -> list[list[str]]:
+        """Names of the members of each group in a state_dict: position or, of a proxy, the layer."""
+        return [
+            [*map(str, range(len(group["params"]) - len(slots))), *(slot.layer for slot in slots)]
+            for group, slots in zip(self.param_groups, self._slots, strict=True)
+        ]
 
     def _add_left_out(self, pool: Sequence[ChannelSlot]) -> None:
         given = {id(slot) for slot in self._all_slots()}
@@ -218,11 +298,58 @@ class TraDyOptimizer(Optimizer):
         return [slot for slots in self._slots for slot in slots]
 
     def _install(self, epoch: int, channels: Mapping[str, Sequence[int]]) -> None:
+        """Draw `channels` for `epoch`; their states follow the policy, but a draw that is only moved keeps them."""
+        carries = self.state_policy == "carry" or epoch == self.epoch
         for group, slots in zip(self.param_groups, self._slots, strict=True):
             for slot in slots:
-                slot.set(channels[slot.layer])
+                old, old_channels = self.state.pop(slot.proxy, {}), slot.channels
+                slot.set(channels.get(slot.layer, ()))
+                state = new_channel_state(slot, self.algorithm, group)
+                if carries:
+                    carry_(state, slot.channels, old, old_channels)
+                self.state[slot.proxy] = state
             group["params"][len(group["params"]) - len(slots) :] = [slot.proxy for slot in slots]
             group["trady_epoch"] = epoch
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for a number out of range, or states that the plan has not counted."""
+        for name in ("lr", "weight_decay", "momentum", "eps"):
+            if not float(options.get(name, 0.0)) >= 0:
+                raise ValueError(f"{name} {options[name]!r}: wanted a number of at least 0")
+        if not all(0 <= beta < 1 for beta in options.get("betas", ())):
+            raise ValueError(f"betas {options['betas']!r}: wanted two numbers in [0, 1)")
+        if options.get("nesterov") and not options["momentum"]:
+            raise ValueError("nesterov: wanted a momentum above 0")
+        states, cost = len(state_names(self.algorithm, options)), self.plan.cost
+        if cost.unit == "bytes" and states > cost.states:
+            kind = "adamw" if self.algorithm == "adamw" else "momentum"
+            raise ValueError(
+                f"{kind} keeps {states} states of every drawn weight, the plan's budget counts {cost.states}: make the "
+                f"plan with optimizer={kind!r}"
+            )
+
+    def _check_saved_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        found = {group.get("trady_plan") for group in groups}
+        if found != {self.plan.fingerprint}:
+            raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {self.plan.fingerprint}")
+        if any(("betas" in group) != (self.algorithm == "adamw") for group in groups):
+            raise ValueError(f"the state belongs to another algorithm than {self.algorithm!r}")
+        wanted, sizes = [len(parameters) for _, parameters in self._whole()], [len(g["params"]) for g in groups]
+        if sizes != wanted:
+            raise ValueError(f"the state has groups of {sizes} parameters trained whole, this optimizer of {wanted}")
+
+    def _check_saved_states(
+        self, groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, State]], channels: Mapping[str, Any]
+    ) -> None:
+        """Raises ValueError unless the saved states are those that the draw and the saved options call for."""
+        for options, states, slots, (_, parameters) in zip(groups, saved, self._slots, self._whole(), strict=True):
+            for position, parameter in enumerate(parameters):
+                wanted = state_shapes(self.algorithm, options, tuple(parameter.shape), False)
+                check_saved(wanted, states.get(str(position), {}), f"parameter {position}")
+            for slot in slots:
+                shape = len(channels.get(slot.layer, ())), *slot.proxy.shape[1:]
+                wanted = state_shapes(self.algorithm, options, shape, True)
+                check_saved(wanted, states.get(slot.layer, {}), slot.layer)
 
     def _check_slots(self, slots: list[ChannelSlot]) -> None:
         for slot in slots:
@@ -250,17 +377,14 @@ class TraDyOptimizer(Optimizer):
         found = getattr(self, "found_inf", None)
         return found is not None and bool(found)
 
-    def _unscaled(self, grad: Tensor) -> Tensor:
-        """The gradient without the factor of a GradScaler that left the unscaling to step()."""
-        scale = getattr(self, "grad_scale", None)
-        return grad if scale is None else grad / scale.to(grad.device)
-
-
-def sgd_(parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
-    """One SGD step on a parameter that is trained whole."""
-    if weight_decay != 0:
-        grad = grad.add(parameter, alpha=weight_decay)
-    parameter.add_(grad, alpha=-lr)
+    def _unscale(self) -> None:
+        """Take the factor of a GradScaler out of the gradients, where it left that to step()."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None:
+            return
+        for grad in (p.grad for group in self.param_groups for p in group["params"]):
+            if grad is not None:
+                grad.div_(scale.to(grad.device))
 
 
 def _listed(params: Iterable[Any]) -> list[Any]:
@@ -288,6 +412,6 @@ def _proxy_name(slot: ChannelSlot) -> str:
     return f"{slot.layer}.weight[:, channels]"
 
 
-def _check_range(name: str, value: float | Tensor) -> None:
-    if not float(value) >= 0:
-        raise ValueError(f"{name} {value!r}: wanted a number of at least 0")
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: wanted one of {', '.join(choices)}")

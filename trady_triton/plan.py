@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from trady_triton.cost import CostModel, LayerShape
+from trady_triton.cost import OPTIMIZER_STATES, CostModel, LayerShape
 from trady_triton.policy import Policy
 from trady_triton.ranking import Ranking
 from trady_triton.sampling import FILLS, Selection, draw_uniform
@@ -149,6 +149,7 @@ def make_plan(
     dtype: torch.dtype = torch.float32,
     activation_dtype: torch.dtype | None = None,
     cost_model: str = "exact",
+    optimizer: str = "sgd",
     fill: str = "stop",
     seed: int = 0,
     train_bias: bool = False,
@@ -171,6 +172,7 @@ def make_plan(
         dtype: of the weights and their gradients (byte budgets only).
         activation_dtype: of the stored inputs, such as torch.bfloat16 under autocast; by default `dtype`.
         cost_model: "exact", or "paper", which charges a depthwise channel one weight.
+        optimizer: "sgd", "momentum" or "adamw": what will train, whose state of a drawn channel counts.
         fill: "stop" ends a draw at the first channel that does not fit, "skip" goes on to the next.
         seed: of all draws.
         train_bias: also train the biases of the ranked layers, outside the budget.
@@ -185,10 +187,14 @@ def make_plan(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed {seed!r}: wanted an integer")
     limit, in_bytes = parse_budget(budget)
-    cost = CostModel(depthwise=cost_model)
+    if optimizer not in OPTIMIZER_STATES:
+        raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZER_STATES)}")
+    states = OPTIMIZER_STATES[optimizer]
+    cost = CostModel(depthwise=cost_model, states=states)
     if in_bytes:
         sizes = dtype.itemsize, (activation_dtype or dtype).itemsize
-        cost = CostModel(batch_size, *sizes, unit="bytes", depthwise=cost_model)
+        state_size = max(dtype.itemsize, 4) if states else 1
+        cost = CostModel(batch_size, *sizes, "bytes", cost_model, states, state_size)
     shapes = {layer.name: layer.shape for layer in ranking.layers}
     if layers is not None:
         _check_names(layers, shapes)

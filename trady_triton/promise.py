@@ -98,9 +98,11 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
         short.backward(model)
         optimizer.step()
     optimizer.zero_grad()
-    existing = storage_bytes([*model.parameters(), *model.buffers(), step.inputs, step.target])
+    whole = [value for parameter in model.parameters() for value in optimizer.state.get(parameter, {}).values()]
+    existing = storage_bytes([*model.parameters(), *model.buffers(), *whole, step.inputs, step.target])
     channels = min(sum(map(len, most.values())), plan.budget // min(costs.values()))
-    draws = 8 * channels + storage_bytes(slot.proxy for slot in slots)
+    numbers = 12 if plan.cost.states == 2 else 8  # bytes of a channel's id, and of its count of AdamW steps
+    draws = numbers * channels + storage_bytes(slot.proxy for slot in slots)
     remove_plan(model)
     total: int = existing + draws + timeline.peak() + min(plan.budget, plan.pool_cost)
     return total

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from trady_triton.nn import apply_plan, remove_plan
 from trady_triton.optimizer import TraDyOptimizer
 from trady_triton.plan import Plan
 from trady_triton.slot import ChannelSlot, find_slot
+
+# By how many states of a drawn channel the plan has counted.
+_OPTIMIZERS: tuple[dict[str, Any], ...] = ({}, {"momentum": 0.9}, {"algorithm": "adamw"})
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -102,14 +106,15 @@ def train_under(
 ) -> Optimizer:
     """Put a model in train mode under a plan, and an optimizer with these channels that changes no weight (lr 0).
 
-    Without a plan everything is trained that requires a gradient. The channels are given because a draw, which is
-    random numbers, cannot be made in fake mode.
+    It keeps the state that the plan has counted. Without a plan everything is trained that requires a gradient. The
+    channels are given because a draw, which is random numbers, cannot be made in fake mode.
     """
     model.train()
     if plan is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return SGD(trained, lr=0.0, weight_decay=weight_decay)
-    optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan, lr=0.0, weight_decay=weight_decay)
+    kind = _OPTIMIZERS[plan.cost.states]
+    optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan, lr=0.0, weight_decay=weight_decay, **kind)
     optimizer._install(0, channels)
     return optimizer
 

@@ -1,0 +1,83 @@
+"""What SGD and AdamW keep from step to step, and what becomes of it when channels are drawn anew.
+
+Of the drawn channels K of a weight a state has the shape of the compact gradient, [K, O/G, *kernel_size]; nothing is
+kept of any other channel. Of what is trained whole a state has the parameter's shape. Names are those of torch.optim.
+States of channels are float32 (float64 for float64), also where the weight is narrower. AdamW counts the steps of every
+channel, [K] float32 on the CPU: its bias correction is that of the channel's own age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trady_triton.slot import ChannelSlot
+
+ALGORITHMS = ("sgd", "adamw")
+STATE_POLICIES = ("carry", "reset")
+
+State = dict[str, Tensor]
+
+
+def state_names(algorithm: str, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tensors of the gradient's shape that an algorithm keeps under the options of a group."""
+    if algorithm == "adamw":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if group["momentum"] else ()
+
+
+def state_shapes(
+    algorithm: str, group: Mapping[str, Any], shape: tuple[int, ...], is_channels: bool
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every state of a gradient of that shape; none where no channel is drawn."""
+    if is_channels and shape[0] == 0:
+        return {}
+    shapes = dict.fromkeys(state_names(algorithm, group), shape)
+    return shapes | ({"step": shape[: int(is_channels)]} if algorithm == "adamw" else {})
+
+
+def new_channel_state(slot: ChannelSlot, algorithm: str, group: Mapping[str, Any]) -> State:
+    """The state of channels that were never trained: zeros."""
+    dtype = torch.float64 if slot.proxy.dtype == torch.float64 else torch.float32
+    shapes = state_shapes(algorithm, group, tuple(slot.proxy.shape), True)
+    return {
+        name: torch.zeros(shape) if name == "step" else torch.zeros(shape, dtype=dtype, device=slot.proxy.device)
+        for name, shape in shapes.items()
+    }
+
+
+def carry_(state: State, channels: Tensor, old: State, old_channels: Tensor) -> None:
+    """Copy into the state of a draw what an earlier draw has of the same channels; ids ascending, [K] and [K']."""
+    if not state or not old:
+        return
+    old_channels = old_channels.to(channels.device)
+    here, there = torch.isin(channels, old_channels), torch.isin(old_channels, channels)
+    for name, value in state.items():
+        kept = old[name]
+        value[here.to(value.device)] = kept[there.to(kept.device)].to(value)
+
+
+def fill_whole_state(state: State, parameter: Tensor, algorithm: str, group: Mapping[str, Any]) -> State:
+    """Complete the state of a parameter that is trained whole, in place: zeros for what is not there yet."""
+    for name in state_names(algorithm, group):
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if algorithm == "adamw" and "step" not in state:
+        state["step"] = torch.tensor(0.0)  # fake tensors know the value of this, not of zeros(())
+    return state
+
+
+def load_(state: State, saved: Mapping[str, Tensor]) -> None:
+    """Fill a state with saved values, which keep their precision: nothing passes through the parameter's dtype."""
+    for name, value in state.items():
+        value.copy_(saved[name])
+
+
+def check_saved(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor], name: str) -> None:
+    """Raises ValueError where saved values do not fit the wanted states, by name or by shape."""
+    found = {key: tuple(value.shape) for key, value in saved.items()}
+    if dict(wanted) != found:
+        raise ValueError(f"state of {name!r}: got {found}, wanted {dict(wanted)}")
