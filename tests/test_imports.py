@@ -15,12 +15,14 @@ CORE = {"torch", "einops"}
 ALLOWED = {
     "serial": set(),
     "cost": {"torch"},
-    "sampling": {"torch"},
+    "sampling": {"torch", "cost"},
+    "strategies": {"torch", "sampling"},
     "registry": {"torch"},
     "slot": {"torch"},
     "ranking": {"torch", "cost", "registry", "serial"},
     "policy": set(),
-    "plan": {"torch", "cost", "policy", "ranking", "sampling", "serial"},
+    "pooling": {"cost", "ranking"},
+    "plan": {"torch", "cost", "policy", "pooling", "ranking", "sampling", "serial", "strategies"},
     "ops": {"torch", "triton"},
     "functional": {"torch", "cost", "ops", "slot"},
     "nn": {*CORE, "cost", "functional", "plan", "policy", "registry", "slot"},
@@ -34,7 +36,7 @@ ALLOWED = {
     "rehearsal": {"torch", "microbatch", "nn", "optimizer", "plan", "slot"},
     "ledger": {"torch", "meters", "plan", "rehearsal", "serial"},
     "promise": {"torch", "ledger", "meters", "nn", "plan", "policy", "ranking", "rehearsal", "slot"},
-    "planner": {"torch", "plan", "promise", "ranking"},
+    "planner": {"torch", "plan", "promise", "ranking", "strategies"},
     "__init__": {"delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 

@@ -147,3 +147,101 @@ def test_expected_savings_are_the_means_of_the_draws():
     assert savings.weight_saving == pytest.approx(1 - weights / 20 / total)
     assert savings.channels == pytest.approx(sum(len(ids) for draw in draws for ids in draw.values()) / 20)
     assert savings.used == pytest.approx(sum(plan.used(draw) for draw in draws) / 20)
+
+
+def test_a_sampler_by_name_is_drawn_from_its_own_pool():
+    net = toy_net()
+    assert toy_plan(net, coverage=0.5, sampler="s-topk").sample(7) == toy_plan(net, coverage=0.5).sample(0)
+    everything = toy_plan(net, 10**6, coverage=None, sampler="d-full")
+    assert len(everything.pool) == len(everything.shapes) == 5
+    whole = toy_plan(net, None, coverage=None, sampler="full")
+    assert whole.used(whole.sample(3)) == whole.budget == whole.pool_cost
+    assert (whole.train_bias, whole.train_norm) == (True, True)
+    assert toy_plan(net, None, coverage=None, sampler="head").sample(0) == {}
+
+
+def test_lara_pool_is_the_smallest_that_costs_five_budgets():
+    ranking = ranking_of({"a": 1, "b": 5, "c": 3, "d": 1})  # of 10 each
+    assert make_plan(ranking, budget=10, sampler="medyate").pool == ("b", "c", "a", "d")
+    cheap = Ranking(tuple(LayerNorms(n, LayerShape(2, 1, 9, 9, 9, kernel_size=(1, 1)), (3.0, 4.0 + i))
+                          for i, n in enumerate("abcd")), (), 1)  # fmt: skip
+    assert cheap.layers[0].lara(CostModel()) == pytest.approx(5 / 20)
+    assert make_plan(cheap, budget=10, sampler="medyate").pool == ("d", "c", "b")  # 10 / 60 <= 0.2 < 10 / 40
+
+
+def test_a_scheme_brings_its_own_budget():
+    plan = toy_plan(toy_net(), None, coverage=None, sampler="su", layers={"stem": 0.5, "pointwise": 0.25})
+    assert plan.budget == sum(n * plan.cost.channel_cost(plan.shapes[x]) for x, n in (("stem", 1), ("pointwise", 3)))
+    scores = {name: torch.arange(plan.shapes[name].in_channels) for name in plan.pool}
+    assert plan.sample(9, scores) == {"stem": (2,), "pointwise": (9, 10, 11)}
+    with pytest.raises(ValueError, match="the scheme of `layers` takes"):
+        toy_plan(toy_net(), plan.budget - 1, sampler="su", layers={"stem": 0.5, "pointwise": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "lora"}, "wanted one of trady"),
+        ({"sampler": "full"}, "takes none"),
+        ({"sampler": "su"}, "su_layers"),
+        ({"sampler": "su", "layers": {"stem": 2.0}}, "su_layers"),
+        ({"sampler": "cyclic", "dgrad_budget": 0.5}, "inclusion probabilities"),
+        ({"sampler": "d-rgn", "correction_cap": 2.0}, "inclusion probabilities"),
+        ({"correction_cap": 0.0}, "correction_cap"),
+        ({"dgrad_budget": 0}, "dgrad_budget"),
+        ({"dgrad_budget": 1.5}, "dgrad_budget"),
+        ({"dgrad_budget": 0.5, "train_bias": True}, "biases"),
+    ],
+    ids=str,
+)
+def test_samplers_refuse_what_they_cannot_do(options, message):
+    with pytest.raises(ValueError, match=message):
+        toy_plan(toy_net(), **{"coverage": None, **options})
+
+
+def test_a_depth_budget_is_kept_on_average_and_reaches_every_layer():
+    plan = toy_plan(toy_net(), 400, dgrad_budget=0.6)
+    full = plan.dgrad_flops_above("stem")
+    assert sum(plan.depths.values()) == pytest.approx(1)
+    mean = sum(p * plan.dgrad_flops_above(name) for name, p in plan.depths.items())
+    assert mean <= 0.6 * full * (1 + 1e-9)
+    savings, epochs = plan.expected(2000), 2000
+    assert savings.dgrad_flops <= 0.6 * full * (1 + 4 / epochs**0.5)
+    assert savings.dgrad_flops_saving == pytest.approx(1 - savings.dgrad_flops / full)
+    counts = dict.fromkeys(plan.pool, 0)
+    for epoch in range(epochs):
+        drawn = plan.sample(epoch)
+        assert plan.used(drawn) <= plan.budget
+        depth = plan.draw_depth(epoch)
+        assert all(list(plan.shapes).index(name) >= list(plan.shapes).index(depth) for name in drawn)
+        for name, ids in drawn.items():
+            counts[name] += len(ids)
+    for name, chances in plan.inclusion().items():
+        assert counts[name] / epochs == pytest.approx(sum(chances), rel=0.25), name  # a pool of 5 layers is not normal
+
+
+def test_the_correction_evens_out_unequal_chances_up_to_its_cap():
+    plan = toy_plan(toy_net(), 400, dgrad_budget=0.6, correction_cap=1.5)
+    chances = plan.inclusion()
+    mean = sum(map(sum, chances.values())) / sum(map(len, chances.values()))
+    for epoch in range(20):
+        drawn = plan.sample(epoch)
+        for name, ids in drawn.items():
+            wanted = [min(1.5, mean / chances[name][channel]) for channel in ids]
+            assert list(drawn.scale[name]) == pytest.approx(wanted)
+    assert toy_plan(toy_net(), sampler="weighted").correction_cap == 4.0
+
+
+def test_step_flops_are_known_before_training():
+    plan = toy_plan(toy_net(), 1200)
+    savings = plan.expected(10)
+    assert savings.forward_flops == sum(shape.dense_flops for shape in plan.shapes.values())
+    wgrad = sum(len(ids) * plan.shapes[n].channel_wgrad_flops for e in range(10) for n, ids in plan.sample(e).items())
+    assert savings.wgrad_flops == pytest.approx(wgrad / 10)
+    assert savings.step_flops == savings.forward_flops + savings.dgrad_flops + savings.wgrad_flops
+
+
+@pytest.mark.parametrize("scores", [{}, {"stem": torch.ones(2)}], ids=["missing", "shape"])
+def test_bad_scores_are_named(scores):
+    with pytest.raises(ValueError, match="scores"):
+        toy_plan(toy_net(), sampler="d-rgn").sample(0, scores)

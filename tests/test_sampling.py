@@ -9,7 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import toy_net, toy_plan
 
-from trady_triton.sampling import draw_uniform, fill
+from trady_triton.cost import CostModel, LayerShape
+from trady_triton.sampling import Pool, fill
+from trady_triton.strategies import STRATEGIES
+
+
+def draw_uniform(channels, costs, budget, *, rule, seed, epoch):
+    """TraDy's draw from layers of these sizes: one tuple of ids a layer."""
+    shapes = {
+        f"layer {i}": LayerShape(count, 1, cost, cost, cost - 1, kernel_size=(1, 1))
+        for i, (count, cost) in enumerate(zip(channels, costs, strict=True))
+    }
+    drawn = STRATEGIES["trady"].draw(Pool(shapes, CostModel(), budget, rule, seed), epoch, None)
+    return [drawn[name] for name in shapes]
+
 
 pools = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=12)
 

@@ -50,5 +50,5 @@ def toy_ranking(net: nn.Module) -> Ranking:
     return rank_layers(net, toy_batches(dtype=dtype), F.cross_entropy)
 
 
-def toy_plan(net: nn.Module, budget: int | str = 1200, **options: object) -> Plan:
+def toy_plan(net: nn.Module, budget: int | str | None = 1200, **options: object) -> Plan:
     return make_plan(toy_ranking(net), budget=budget, **{"coverage": 1.0, **options})

@@ -10,23 +10,29 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from trady_triton.cost import OPTIMIZER_STATES, CostModel, LayerShape
 from trady_triton.policy import Policy
+from trady_triton.pooling import choose_pool
 from trady_triton.ranking import Ranking
-from trady_triton.sampling import FILLS, Selection, draw_uniform
+from trady_triton.sampling import FILLS, Pool, Scores, Selection, epoch_generator
 from trady_triton.serial import read_json, write_json
+from trady_triton.strategies import Strategy, strategy
+from trady_triton.strategies.depth import depth_probabilities
+from trady_triton.strategies.sparse_update import scheme_cost
 
 _BYTES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
 
 
 @dataclass(frozen=True)
 class Savings:
-    """Means over the draws of `epochs` epochs, as fractions of training every ranked layer whole.
+    """Means over the draws of `epochs` epochs; savings are fractions of training every ranked layer whole.
 
-    `channels` and `used` (in the plan's unit) are per epoch.
+    `channels` and `used` (in the plan's unit) are per epoch. FLOPs are of one sample in the ranked layers, 2 a
+    multiply-add, head excluded; dX is counted for every layer called after the first one that is drawn from.
     """
 
     epochs: int
@@ -35,6 +41,15 @@ class Savings:
     weight_saving: float
     activation_saving: float
     wgrad_flops_saving: float
+    dgrad_flops_saving: float
+    forward_flops: float
+    dgrad_flops: float
+    wgrad_flops: float
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of a step for one sample: forward, dX and dW."""
+        return self.forward_flops + self.dgrad_flops + self.wgrad_flops
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,10 @@ class Plan:
     `shapes` holds every ranked layer in forward order, `pool` the names of those that are trained, best first, `head`
     the modules that are always trained and do not count. `budget` is in units of `cost`. A plan made for a `memory`
     carries it, in bytes: the peak of a whole step, run `micro_batch` samples at a time.
+
+    `sampler` names the strategy that draws. With a `dgrad_budget` each epoch first draws its lowest layer. With a
+    `correction_cap` the update of a channel is scaled by mean(pi) / pi, at most by the cap, where pi is its inclusion
+    probability and the mean is over the pool. `ratios` belong to a Sparse Update scheme: one for each layer.
     """
 
     shapes: Mapping[str, LayerShape]
@@ -58,46 +77,158 @@ class Plan:
     policy: Policy = Policy()  # noqa: RUF009  frozen
     memory: int | None = None
     micro_batch: int | None = None
+    sampler: str = "trady"
+    dgrad_budget: float | None = None
+    correction_cap: float | None = None
+    ratios: tuple[float, ...] = ()
 
-    def sample(self, epoch: int) -> Selection:
+    def sample(self, epoch: int, scores: Scores | None = None) -> Selection:
         """The channels of an epoch: layer name -> input channel ids, ascending, for every layer that is drawn from.
 
-        A pure function of the plan and the epoch: the same in every process and after every restart. The sum of the
-        channels' costs never exceeds the budget.
+        A pure function of the plan, the epoch and the scores: the same in every process and after every restart. What
+        the draw is charged never exceeds the budget.
+
+        Args:
+            epoch: from 0.
+            scores: layer -> a number for each channel [C], for samplers that draw by them; TraDyOptimizer keeps those
+                that it can measure itself.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch {epoch!r}: wanted an integer of at least 0")
-        shapes = [self.shapes[name] for name in self.pool]
-        drawn = draw_uniform(
-            [shape.in_channels for shape in shapes],
-            [self.cost.channel_cost(shape) for shape in shapes],
-            self.budget,
-            rule=self.fill,
-            seed=self.seed,
-            epoch=epoch,
-        )
-        return Selection((name, ids) for name, ids in zip(self.pool, drawn, strict=True) if ids)
+        self._check_scores(scores)
+        epoch = 0 if self.strategy.is_static else epoch
+        drawn = self.strategy.draw(self._pool(self.draw_depth(epoch)), epoch, scores)
+        if self.correction_cap is not None:
+            drawn.scale = self._step_scales(drawn, scores)
+        return drawn
+
+    def inclusion(self, scores: Scores | None = None) -> dict[str, tuple[float, ...]]:
+        """Probability that an epoch draws each channel of the pool, given the scores: layer -> [C].
+
+        With a `dgrad_budget` the mean over the depths that may be drawn.
+
+        Raises:
+            ValueError: it is not known for this sampler.
+        """
+        known = self.strategy.inclusion
+        if known is None:
+            raise ValueError(f"sampler {self.sampler!r}: its inclusion probabilities are not known")
+        self._check_scores(scores)
+        result = {name: [0.0] * self.shapes[name].in_channels for name in self.pool}
+        for depth, weight in self.depths.items() or [(None, 1.0)]:
+            for name, chances in known(self._pool(depth), scores).items():
+                result[name] = [total + weight * chance for total, chance in zip(result[name], chances, strict=True)]
+        return {name: tuple(chances) for name, chances in result.items()}
+
+    @cached_property
+    def depths(self) -> dict[str, float]:
+        """Probability of each layer to be the lowest that an epoch may draw from; none without a `dgrad_budget`."""
+        if self.dgrad_budget is None:
+            return {}
+        flops = [self.dgrad_flops_above(name) for name in self.shapes]
+        candidates = self._depth_candidates()
+        limit = self.dgrad_budget * max(flops)
+        chances = depth_probabilities([self.dgrad_flops_above(name) for name in candidates], limit)
+        return dict(zip(candidates, chances.tolist(), strict=True))
+
+    def draw_depth(self, epoch: int) -> str | None:
+        """The lowest layer that an epoch may draw from; None is the whole pool."""
+        if not self.depths:
+            return None
+        mark = float(torch.rand((), generator=epoch_generator(self.seed, epoch, "depth"), dtype=torch.float64))
+        names = list(self.depths)
+        passed = [total for total in accumulate(self.depths.values()) if total <= mark]
+        return names[min(len(passed), len(names) - 1)]
+
+    def dgrad_flops_above(self, layer: str) -> int:
+        """FLOPs of dX, one sample, where `layer` is the lowest that is trained: of all layers called after it."""
+        names = list(self.shapes)
+        return sum(self.shapes[name].dense_flops for name in names[names.index(layer) + 1 :])
 
     def used(self, channels: Mapping[str, Sequence[int]]) -> int:
-        """Cost of a draw, in the plan's unit."""
+        """What a draw is charged, in the plan's unit."""
+        charged = getattr(channels, "charged", None)
+        if charged is not None:
+            return int(charged)
         return sum(len(ids) * self.cost.channel_cost(self.shapes[name]) for name, ids in channels.items())
 
-    def expected(self, epochs: int = 300) -> Savings:
-        """Mean savings over the draws of epochs 0 to `epochs` - 1 (the paper's sparsities are the same fractions)."""
-        draws = [self.sample(epoch) for epoch in range(epochs)]
-        mean = {name: sum(len(draw[name]) for draw in draws) / epochs for name in self.pool}
+    def expected(self, epochs: int = 300, scores: Scores | None = None) -> Savings:
+        """Mean savings over the draws of epochs 0 to `epochs` - 1 (the paper's sparsities are the same fractions).
+
+        Known before training. Samplers that learn scores while they train draw as in their first epoch, unless given.
+        """
+        draws = [self.sample(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
+        mean = {name: sum(len(draw[name]) for draw in draws) / len(draws) for name in self.pool}
         drawn = [(self.shapes[name], count) for name, count in mean.items()]
         weights = sum(shape.weights for shape in self.shapes.values())
         inputs = sum(shape.inputs for shape in self.shapes.values())
-        flops = sum(shape.dense_flops for shape in self.shapes.values())
+        forward = sum(shape.dense_flops for shape in self.shapes.values())
+        wgrad = sum(count * shape.channel_wgrad_flops for shape, count in drawn)
+        dgrad = math.fsum(self._dgrad_flops(draw) for draw in draws) / len(draws)
         return Savings(
             epochs=epochs,
             channels=sum(mean.values()),
-            used=sum(count * self.cost.channel_cost(shape) for shape, count in drawn),
+            used=sum(self.used(draw) for draw in draws) / len(draws),
             weight_saving=1 - sum(count * shape.channel_weights for shape, count in drawn) / weights,
             activation_saving=1 - sum(count * shape.in_positions for shape, count in drawn) / inputs,
-            wgrad_flops_saving=1 - sum(count * shape.channel_wgrad_flops for shape, count in drawn) / flops,
+            wgrad_flops_saving=1 - wgrad / forward,
+            dgrad_flops_saving=1 - dgrad / max(1, self.dgrad_flops_above(next(iter(self.shapes)))),
+            forward_flops=forward,
+            dgrad_flops=dgrad,
+            wgrad_flops=wgrad,
         )
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the channels are chosen."""
+        return strategy(self.sampler)
+
+    def _pool(self, depth: str | None = None) -> Pool:
+        """What a draw chooses from: the pool, or its part from layer `depth` on."""
+        names = list(self.shapes)
+        first = 0 if depth is None else names.index(depth)
+        shapes = {name: self.shapes[name] for name in self.pool if names.index(name) >= first}
+        ratios = dict(zip(self.pool, self.ratios, strict=True)) if self.ratios else {}
+        return Pool(shapes, self.cost, self.budget, self.fill, self.seed, ratios)
+
+    def _depth_candidates(self) -> list[str]:
+        """Layers of the pool above which, themselves included, the budget can be spent; all if none is that rich."""
+        order = [name for name in self.shapes if name in self.pool]
+        worth = {name: sum(n * self.cost.channel_cost(self.shapes[above]) for above, n in self._channels_from(name))
+                 for name in order}  # fmt: skip
+        rich = [name for name in order if worth[name] >= self.budget]
+        limit = self.dgrad_budget * self.dgrad_flops_above(next(iter(self.shapes))) if self.dgrad_budget else 0
+        return rich if rich and self.dgrad_flops_above(rich[-1]) <= limit else order
+
+    def _channels_from(self, layer: str) -> list[tuple[str, int]]:
+        names = list(self.shapes)
+        return [(name, self.shapes[name].in_channels) for name in names[names.index(layer) :] if name in self.pool]
+
+    def _dgrad_flops(self, draw: Selection) -> int:
+        lowest = next((name for name in self.shapes if draw[name]), None)
+        if self.train_bias or self.train_norm:
+            lowest = next(iter(self.shapes))
+        return 0 if lowest is None else self.dgrad_flops_above(lowest)
+
+    def _step_scales(self, drawn: Selection, scores: Scores | None) -> dict[str, tuple[float, ...]]:
+        assert self.correction_cap is not None
+        chances = self.inclusion(scores)
+        mean = math.fsum(chance for layer in chances.values() for chance in layer) / sum(map(len, chances.values()))
+        return {
+            name: tuple(min(self.correction_cap, mean / chances[name][channel]) for channel in ids)
+            for name, ids in drawn.items()
+        }
+
+    def _check_scores(self, scores: Scores | None) -> None:
+        if scores is None:
+            return
+        for name in self.pool:
+            if name not in scores:
+                raise ValueError(f"scores: layer {name!r} is missing")
+            shape, found = self.shapes[name], tuple(scores[name].shape)
+            size = shape.out_channels if self.strategy.scores == "velocity" else shape.in_channels
+            if found != (size,):
+                raise ValueError(f"scores of layer {name!r}: shape {found}, wanted ({size},)")
 
     @property
     def total_elements(self) -> int:
@@ -133,7 +264,8 @@ class Plan:
             cost = CostModel(**content.pop("cost"))
             policy = Policy(**content.pop("policy"))
             pool, head = tuple(content.pop("pool")), tuple(content.pop("head"))
-            return cls(shapes=shapes, pool=pool, head=head, cost=cost, policy=policy, **content)
+            ratios = tuple(content.pop("ratios", ()))
+            return cls(shapes=shapes, pool=pool, head=head, cost=cost, policy=policy, ratios=ratios, **content)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: the plan is damaged ({error!r})") from error
 
@@ -141,10 +273,13 @@ class Plan:
 def make_plan(
     ranking: Ranking,
     *,
-    budget: int | str,
-    coverage: float = 0.976,
+    budget: int | str | None,
+    coverage: float | None = None,
     k: int | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] | Mapping[str, float] | None = None,
+    sampler: str = "trady",
+    dgrad_budget: float | None = None,
+    correction_cap: float | None = None,
     batch_size: int = 1,
     dtype: torch.dtype = torch.float32,
     activation_dtype: torch.dtype | None = None,
@@ -159,15 +294,24 @@ def make_plan(
     """Choose the pool of layers and fix the budget.
 
     The layers of which a channel fits the budget are ordered by RGN under the plan's own cost. The pool is the
-    shortest prefix that holds `coverage` of their RGN, or the first `k` of them, or exactly `layers`.
+    shortest prefix that holds `coverage` of their RGN, or the first `k` of them, or exactly `layers`. Samplers that
+    draw from every layer take all of them unless told; "medyate" orders by LaRa and chooses K by the budget.
 
     Args:
         ranking: what `rank_layers` measured.
         budget: an integer counts elements for one sample, the paper's unit; a string such as "256KiB" or "1.5MB"
-            counts the bytes of compact gradients and stores at the given batch size and dtypes.
-        coverage: share of the summed RGN that the pool must hold; 0.976 gives the paper's 35 / 27 / 43 layers.
+            counts the bytes of compact gradients and stores at the given batch size and dtypes. None for samplers
+            without one: "full", "head", "bias", "neq", and the schemes of "su", which bring their own.
+        coverage: share of the summed RGN that the pool must hold; the default 0.976 gives the paper's 35 / 27 / 43
+            layers.
         k: number of layers, instead of `coverage`.
-        layers: names of the pool, best first, instead of `coverage`.
+        layers: names of the pool, best first, instead of `coverage`; for "su" the part of each layer's channels by
+            name, such as `trady_triton.models.su_layers` gives.
+        sampler: which strategy draws the channels, a name in `trady_triton.strategies.STRATEGIES`.
+        dgrad_budget: largest expected dX FLOPs, as a share of full fine-tuning's; each epoch then draws how deep it
+            trains, and its backward stops there. For samplers whose inclusion probabilities are known.
+        correction_cap: scale a channel's update by mean(pi) / pi, at most by this, where pi is its probability to be
+            drawn: what is drawn rarely moves further. None: off, but 4 for "weighted".
         batch_size: samples whose inputs are stored at once (byte budgets only).
         dtype: of the weights and their gradients (byte budgets only).
         activation_dtype: of the stored inputs, such as torch.bfloat16 under autocast; by default `dtype`.
@@ -186,10 +330,10 @@ def make_plan(
         raise ValueError(f"fill {fill!r}: wanted one of {', '.join(FILLS)}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed {seed!r}: wanted an integer")
-    limit, in_bytes = parse_budget(budget)
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZER_STATES)}")
-    states = OPTIMIZER_STATES[optimizer]
+    chosen, states = strategy(sampler), OPTIMIZER_STATES[optimizer]
+    limit, in_bytes = _limit(budget, sampler, chosen)
     cost = CostModel(depthwise=cost_model, states=states)
     if in_bytes:
         sizes = dtype.itemsize, (activation_dtype or dtype).itemsize
@@ -197,10 +341,30 @@ def make_plan(
         cost = CostModel(batch_size, *sizes, "bytes", cost_model, states, state_size)
     shapes = {layer.name: layer.shape for layer in ranking.layers}
     if layers is not None:
-        _check_names(layers, shapes)
-    _check_budget(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
-    pool = tuple(layers) if layers is not None else _choose_pool(ranking, cost, limit, coverage, k)
-    return Plan(shapes, pool, ranking.head, limit, cost, fill, seed, train_bias, train_norm, policy)
+        _check_names(list(layers), shapes)
+    ratios = _check_ratios(sampler, chosen, layers)
+    if limit is not None:
+        _check_budget(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
+    pool = tuple(layers) if layers is not None else choose_pool(ranking, cost, limit, chosen.layers, coverage, k)
+    limit = _settled(limit, Pool({name: shapes[name] for name in pool}, cost, 0, ratios=ratios))
+    made = Plan(
+        shapes,
+        pool,
+        ranking.head,
+        limit,
+        cost,
+        fill,
+        seed,
+        train_bias or chosen.trains_bias,
+        train_norm or sampler == "full",
+        policy,
+        sampler=sampler,
+        dgrad_budget=dgrad_budget,
+        correction_cap=4.0 if sampler == "weighted" and correction_cap is None else correction_cap,
+        ratios=tuple(ratios.values()),
+    )
+    _check_depth(made)
+    return made
 
 
 def parse_budget(budget: int | str) -> tuple[int, bool]:
@@ -214,20 +378,59 @@ def parse_budget(budget: int | str) -> tuple[int, bool]:
     raise ValueError(f"budget {budget!r}: wanted a positive integer (elements, one sample) or bytes such as '256KiB'")
 
 
-def _choose_pool(ranking: Ranking, cost: CostModel, budget: int, coverage: float, k: int | None) -> tuple[str, ...]:
-    rgn = {layer.name: layer.rgn(cost) for layer in ranking.layers if cost.channel_cost(layer.shape) <= budget}
-    order = [name for name in ranking.order(cost) if name in rgn]
-    if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(order):
-            raise ValueError(f"k {k!r}: wanted an integer from 1 to the {len(order)} layers of which a channel fits")
-        return tuple(order[:k])
-    if not 0 < coverage <= 1:
-        raise ValueError(f"coverage {coverage!r}: wanted a share in (0, 1]")
-    wanted = coverage * math.fsum(rgn.values())
-    for count in range(1, len(order)):
-        if math.fsum(rgn[name] for name in order[:count]) >= wanted:
-            return tuple(order[:count])
-    return tuple(order)
+def _limit(budget: int | str | None, sampler: str, chosen: Strategy) -> tuple[int | None, bool]:
+    """The budget, if the sampler takes one, and whether it counts bytes."""
+    if budget is None and (not chosen.has_budget or chosen.layers == "scheme"):
+        return None, False
+    if budget is None:
+        raise ValueError(f"budget None and memory None: wanted one of them for sampler {sampler!r}")
+    if not chosen.has_budget:
+        raise ValueError(f"budget {budget!r}: sampler {sampler!r} takes none")
+    return parse_budget(budget)
+
+
+def _settled(limit: int | None, pool: Pool) -> int:
+    """The budget itself, checked against a scheme; without one, what the scheme, or else the whole pool, costs."""
+    if not pool.ratios:
+        whole = sum(pool.shapes[name].in_channels * cost for name, cost in pool.costs.items())
+        return whole if limit is None else limit
+    wanted = scheme_cost(pool)
+    if limit is not None and wanted > limit:
+        raise ValueError(f"budget of {limit} {pool.cost.unit}: the scheme of `layers` takes {wanted}")
+    return wanted if limit is None else limit
+
+
+def _check_ratios(
+    sampler: str, chosen: Strategy, layers: Sequence[str] | Mapping[str, float] | None
+) -> dict[str, float]:
+    if chosen.layers != "scheme":
+        return {}
+    if not isinstance(layers, Mapping) or not all(0 < ratio <= 1 for ratio in layers.values()):
+        raise ValueError(
+            f"layers {layers!r}: sampler {sampler!r} wants a part in (0, 1] of each layer by name, such as "
+            "trady_triton.models.su_layers gives"
+        )
+    return dict(layers)
+
+
+def _check_depth(plan: Plan) -> None:
+    """Raises ValueError where the depth budget or the correction cannot be had."""
+    cap, share = plan.correction_cap, plan.dgrad_budget
+    if cap is not None and not cap > 0:
+        raise ValueError(f"correction_cap {cap!r}: wanted a number above 0, or None")
+    if (cap is not None or share is not None) and plan.strategy.inclusion is None:
+        option = "correction_cap" if share is None else "dgrad_budget"
+        raise ValueError(f"{option}: the inclusion probabilities of sampler {plan.sampler!r} are not known")
+    if share is None:
+        return
+    if isinstance(share, bool) or not 0 < share <= 1:
+        raise ValueError(f"dgrad_budget {share!r}: wanted a share of full fine-tuning's dX in (0, 1]")
+    if plan.train_bias or plan.train_norm:
+        raise ValueError("dgrad_budget: biases or norms are trained in every layer, so dX runs to the first of them")
+    full = plan.dgrad_flops_above(next(iter(plan.shapes)))
+    least = min(plan.dgrad_flops_above(name) for name in plan.pool) / max(1, full)
+    if share < least:
+        raise ValueError(f"dgrad_budget {share!r}: the shallowest layer of the pool takes {least:.4f} of full dX")
 
 
 def _check_names(layers: Sequence[str], shapes: Mapping[str, LayerShape]) -> None:

@@ -11,6 +11,7 @@ from trady_triton import plan as plans
 from trady_triton.plan import Plan
 from trady_triton.promise import fit_memory
 from trady_triton.ranking import Ranking
+from trady_triton.strategies import strategy
 
 
 def make_plan(
@@ -41,11 +42,13 @@ def make_plan(
         ValueError: an option out of its range, or a budget or memory in which no channel can be trained: the message
             names the smallest that works.
     """
-    if (budget is None) == (memory is None):
+    if budget is not None and memory is not None:
         raise ValueError(f"budget {budget!r} and memory {memory!r}: wanted one of them")
-    if budget is not None:
+    if memory is None:
         return plans.make_plan(ranking, budget=budget, **options)
+    sampler = options.get("sampler", "trady")
+    if not strategy(sampler).has_budget or strategy(sampler).scores != "none" or "correction_cap" in options:
+        raise ValueError(f"memory: sampler {sampler!r} may keep more than its draws; give a budget instead")
     if model is None or input_shape is None:
         raise ValueError("memory: wanted model and input_shape as well, from which the step's peak is predicted")
-    assert memory is not None
     return fit_memory(model, ranking, memory=memory, input_shape=input_shape, **options)

@@ -33,6 +33,13 @@ class LayerNorms:
         """Layer RGN (eq. 8) under a cost model."""
         return math.fsum(self.norms) / cost.channel_cost(self.shape)
 
+    def lara(self, cost: CostModel) -> float:
+        """LaRa of MeDyate (arXiv 2510.20979): the norm of the layer's gradient over what the whole layer costs.
+
+        Exact for a ranking of one step; over several, of the summed channel norms.
+        """
+        return math.hypot(*self.norms) / (self.shape.in_channels * cost.channel_cost(self.shape))
+
 
 @dataclass(frozen=True)
 class Ranking:
