@@ -224,7 +224,7 @@ def test_the_correction_evens_out_unequal_chances_up_to_its_cap():
     plan = toy_plan(toy_net(), 400, dgrad_budget=0.6, correction_cap=1.5)
     chances = plan.inclusion()
     mean = sum(map(sum, chances.values())) / sum(map(len, chances.values()))
-    for epoch in range(20):
+    for epoch in range(5):
         drawn = plan.sample(epoch)
         for name, ids in drawn.items():
             wanted = [min(1.5, mean / chances[name][channel]) for channel in ids]

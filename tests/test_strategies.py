@@ -161,7 +161,7 @@ def test_weighted_draws_each_channel_with_its_probability():
     tensors = {name: torch.tensor(value) for name, value in scores.items()}
     chances = strategy("weighted").inclusion(pool, tensors)
     assert max(chances["a"]) == 1.0  # the cap at 1 is met
-    counts, epochs = Counter(), 4000
+    counts, epochs = Counter(), 1500
     for epoch in range(epochs):
         for name, ids in strategy("weighted").draw(pool, epoch, tensors).items():
             counts.update((name, channel) for channel in ids)

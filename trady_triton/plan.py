@@ -95,9 +95,7 @@ class Plan:
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch {epoch!r}: wanted an integer of at least 0")
-        self._check_scores(scores)
-        epoch = 0 if self.strategy.is_static else epoch
-        drawn = self.strategy.draw(self._pool(self.draw_depth(epoch)), epoch, scores)
+        drawn = self._draw(epoch, scores)
         if self.correction_cap is not None:
             drawn.scale = self._step_scales(drawn, scores)
         return drawn
@@ -157,7 +155,7 @@ class Plan:
 
         Known before training. Samplers that learn scores while they train draw as in their first epoch, unless given.
         """
-        draws = [self.sample(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
+        draws = [self._draw(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
         mean = {name: sum(len(draw[name]) for draw in draws) / len(draws) for name in self.pool}
         drawn = [(self.shapes[name], count) for name, count in mean.items()]
         weights = sum(shape.weights for shape in self.shapes.values())
@@ -182,6 +180,11 @@ class Plan:
     def strategy(self) -> Strategy:
         """How the channels are chosen."""
         return strategy(self.sampler)
+
+    def _draw(self, epoch: int, scores: Scores | None) -> Selection:
+        self._check_scores(scores)
+        epoch = 0 if self.strategy.is_static else epoch
+        return self.strategy.draw(self._pool(self.draw_depth(epoch)), epoch, scores)
 
     def _pool(self, depth: str | None = None) -> Pool:
         """What a draw chooses from: the pool, or its part from layer `depth` on."""

@@ -66,9 +66,9 @@ def _least_variance(weight: Tensor, cost: Tensor, limit: float) -> Tensor:
     """min(1, lambda * weight) whose expected cost is just within the limit."""
     if float(cost.sum()) <= limit or float(weight.max()) <= 0:
         return torch.ones_like(weight)
-    low, high = 0.0, float(1 / weight[weight > 0].min())
-    for _ in range(100):
-        middle = (low + high) / 2
-        fits = float(((middle * weight).clamp(max=1) * cost).sum()) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    return (low * weight).clamp(max=1)
+    order = weight.argsort(descending=True)
+    largest, charge = weight[order], cost[order]
+    capped = charge.cumsum(0) - charge  # what is spent where all before a unit have probability 1
+    factor = (limit - capped) / (largest * charge).flip(0).cumsum(0).flip(0)
+    first = int((factor * largest <= 1).int().argmax())
+    return (factor[first] * weight).clamp(max=1)
