@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
+from trady_triton.distributed import average_gradients_, check_agreement, world_size
 from trady_triton.plan import Plan
 from trady_triton.sampling import Selection
 from trady_triton.slot import ChannelSlot, find_pool, find_slot
@@ -29,8 +30,11 @@ from trady_triton.states import (
 from trady_triton.strict import StepMemory
 from trady_triton.update import ChannelUpdate, Trained, update_whole
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-class TraDyOptimizer(Optimizer):
+
+class TraDyOptimizer(Optimizer, Joinable):
     """SGD or AdamW, as in torch.optim, for a model to which `apply_plan` was applied. The paper has plain SGD.
 
     Call `resample(epoch)` at the start of every epoch, then step as usual. `param_groups` hold the tensors that have
@@ -53,6 +57,7 @@ class TraDyOptimizer(Optimizer):
         algorithm: "sgd" or "adamw".
         momentum, nesterov: of SGD.
         betas, eps: of AdamW.
+        process_group: whose processes train together; by default all, where torch.distributed is initialised.
         state_policy: what becomes of the drawn channels' state when channels are drawn anew. "carry" keeps that of
             channels that are drawn again and starts others from zero, with step counts of their own; "reset" starts
             all from zero. What is trained whole keeps its state.
@@ -79,7 +84,9 @@ class TraDyOptimizer(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         state_policy: str = "carry",
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        Joinable.__init__(self)
         groups = _listed(params)
         pool = next((found for item in _tensors(groups) if (found := find_pool(item)) is not None), None)
         plan = pool.plan if plan is None and pool is not None else plan
@@ -95,6 +102,9 @@ class TraDyOptimizer(Optimizer):
         self.plan = plan
         self.algorithm = algorithm
         self.state_policy = state_policy
+        self.process_group = process_group
+        self._synchronized = False
+        self._agreed: int | None = None
         self._slots: list[list[ChannelSlot]] = []
         self._update_channels = ChannelUpdate(algorithm)
         options = {"betas": betas, "eps": eps} if algorithm == "adamw" else {"momentum": momentum, "nesterov": nesterov}
@@ -111,8 +121,7 @@ class TraDyOptimizer(Optimizer):
             )
         assert pool is not None
         self._model = pool.model
-        device = self.param_groups[0]["params"][0].device
-        self.memory = StepMemory(plan, device, self._owned) if strict else None
+        self.memory = StepMemory(plan, self.join_device, self._owned) if strict else None
 
     @property
     def epoch(self) -> int | None:
@@ -144,11 +153,8 @@ class TraDyOptimizer(Optimizer):
             the channels: layer name -> ids, as `plan.sample(epoch)`.
 
         Raises:
-            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad(); or several
-                processes train together, between which compact gradients are not synchronised.
+            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError("several processes train together: compact gradients are not synchronised between them")
         epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
         channels = self.plan.sample(epoch)
         if epoch != self.epoch or any(slot.is_stale for slot in self._all_slots()):
@@ -186,16 +192,69 @@ class TraDyOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad(), self.metered():
                 loss = closure()
+        Join.notify_join_context(self)
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         if self.epoch is None:
             raise RuntimeError("no channels are drawn: call optimizer.resample(epoch) at the start of every epoch")
         if self.memory is not None:
             self.memory.check()
+        self._check_synchronized()
+        if not self._synchronized:
+            self.synchronize()
         if not self._found_inf():
             self._unscale()
             self._update()
         for slot in self._all_slots():
             slot.draw.unapplied = False
-        return loss
+        self._synchronized = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim, compact gradients included."""
+        super().zero_grad(set_to_none)
+        self._synchronized = False
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Average the compact gradients over all processes, as DistributedDataParallel does for the others.
+
+        `step()` does it. Call it after the last backward of a step, in every process, where something has to see the
+        averages before: clipping, or a GradScaler, whose search for infinities all processes must agree on. With one
+        process it does nothing.
+
+        Raises:
+            RuntimeError: the processes run different plans or epochs.
+        """
+        if world_size(self.process_group) == 1:
+            return
+        slots = [slot for slot in self._all_slots() if slot.proxy.requires_grad]
+        if self._agreed != self.epoch and self.epoch is not None:
+            check_agreement(self.plan.fingerprint, self.epoch, self.join_device, self.process_group)
+            self._agreed = self.epoch
+        average_gradients_([slot.proxy for slot in slots], self.process_group)
+        for slot in slots:
+            slot.draw.averaged = True
+        self._synchronized = True
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What a process does that ran out of batches, inside torch's `with Join([model, optimizer]):`.
+
+        It takes part in every step with no gradient of its own.
+        """
+        return _StepWithoutBatch(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of what is trained."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that train together."""
+        return self.process_group or torch.distributed.group.WORLD
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, and the states: `trady_state` of each group, by layer and by position of a whole parameter.
@@ -372,6 +431,21 @@ class TraDyOptimizer(Optimizer):
                     "drawn anew"
                 )
 
+    def _check_synchronized(self) -> None:
+        """Raises RuntimeError where the ranks' own gradients were used as if they were the averages."""
+        if world_size(self.process_group) == 1:
+            return
+        own = [slot for slot in self._all_slots() if slot.is_pending and not slot.draw.averaged]
+        if self._synchronized and own:
+            raise RuntimeError("a backward ran after synchronize(): call it again, in every process, before step()")
+        changed = any(slot.proxy.grad._version != slot.draw.version for slot in own)  # type: ignore[union-attr]
+        if changed or (not self._synchronized and hasattr(self, "found_inf")):
+            raise RuntimeError(
+                "compact gradients were clipped, unscaled or searched for infinities before they were averaged over "
+                "the processes: call optimizer.synchronize() after the last backward, before clip_grad_norm_ and "
+                "before a GradScaler's unscale_ and step"
+            )
+
     def _found_inf(self) -> bool:
         """Whether a GradScaler, which sets `found_inf` around step(), saw a gradient that is not finite."""
         found = getattr(self, "found_inf", None)
@@ -385,6 +459,18 @@ class TraDyOptimizer(Optimizer):
         for grad in (p.grad for group in self.param_groups for p in group["params"]):
             if grad is not None:
                 grad.div_(scale.to(grad.device))
+
+
+class _StepWithoutBatch(JoinHook):
+    """A step of a process that has no more batches: the others' compact gradients, averaged with zeros."""
+
+    def __init__(self, optimizer: TraDyOptimizer) -> None:
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def main_hook(self) -> None:
+        self.optimizer.zero_grad()
+        self.optimizer._take_step()
 
 
 def _listed(params: Iterable[Any]) -> list[Any]:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trady_triton.sharding import drawn_rows, is_sharded
+
 _ATTRIBUTE = "trady_slot"
 _LOST = "this backward belongs to a forward before the last resample(): its gradient is lost"
 
@@ -44,7 +46,9 @@ class Ticket:
 class Draw:
     """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient.
 
-    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step.
+    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `version` is
+    that of the gradient when the last backward had added to it: a higher one means that somebody changed it since.
+    `averaged` tells whether the gradient is the mean over the processes that train together.
     """
 
     def __init__(self, channels: Tensor, proxy: Tensor) -> None:
@@ -52,6 +56,8 @@ class Draw:
         self.proxy = proxy
         self.replaced = False
         self.unapplied = False
+        self.version = 0
+        self.averaged = False
         if proxy.requires_grad:
             # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
             proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
@@ -63,6 +69,8 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
     if draw is None or draw.replaced:
         raise RuntimeError(_LOST)
     draw.unapplied = True
+    draw.averaged = False
+    draw.version = 0 if proxy.grad is None else proxy.grad._version
 
 
 class ChannelSlot:
@@ -117,12 +125,24 @@ class ChannelSlot:
         self.draw = draw
 
     def gather(self) -> Tensor:
-        """Copy of the drawn part of the weight, [K, O/G, *kernel_size]."""
+        """Copy of the drawn part of the weight, [K, O/G, *kernel_size]; of a sharded one zero where others own it."""
+        if is_sharded(self.weight):
+            local, there, here = drawn_rows(self.weight.detach(), self.channels, self.groups)
+            values = local.new_zeros(self.proxy.shape)
+            values[here] = local[there]
+            return values
         view, index = self._grouped_view()
         return view[index]
 
     def scatter_(self, values: Tensor) -> None:
-        """Write [K, O/G, *kernel_size] into the drawn part of the weight; the rest is not touched."""
+        """Write [K, O/G, *kernel_size] into the drawn part of the weight, of a sharded one into what is owned here.
+
+        The rest is not touched.
+        """
+        if is_sharded(self.weight):
+            local, there, here = drawn_rows(self.weight.detach(), self.channels, self.groups)
+            local[there] = values[here]
+            return
         view, index = self._grouped_view()
         view[index] = values
 

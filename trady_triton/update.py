@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from trady_triton.ops import adamw_corrections, adamw_hyper, scatter_update_, sgd_hyper, update_tables
+from trady_triton.sharding import is_sharded
 from trady_triton.slot import ChannelSlot
 from trady_triton.states import State, state_names
 
@@ -70,8 +71,7 @@ class ChannelUpdate:
 
     def _launch(self, items: list[Trained]) -> _Tables:
         group = items[0].group
-        weights: list[Tensor] = [item.slot.weight for item in items]
-        channels = [item.slot.channels for item in items]
+        weights, channels = map(list, zip(*(_operand(item.slot) for item in items), strict=True))
         names = state_names(self.algorithm, group)
         states = [[item.state[name] for item in items] for name in names]
         grads = [item.slot.gradient() for item in items]
@@ -82,6 +82,9 @@ class ChannelUpdate:
             weights, grads, channels, hyper, momenta, variances, self.algorithm, bool(group.get("nesterov")),
             tables=next(iter(tables.values()), ()), corrections=self._age(items),
         )  # fmt: skip
+        for item, weight in zip(items, weights, strict=True):
+            if weight is not item.slot.weight:
+                item.slot.scatter_(weight.transpose(0, 1))
         return tables
 
     def _age(self, items: list[Trained]) -> Tensor | None:
@@ -103,6 +106,16 @@ class ChannelUpdate:
         tensors = chain(weights, channels, *states)
         key = tuple(number for t in tensors for number in (t.data_ptr(), *t.shape, *t.stride()))
         return {key: self._tables.get(key) or update_tables(weights, grads, channels, *states)}
+
+
+def _operand(slot: ChannelSlot) -> tuple[Tensor, Tensor]:
+    """The weight to update and its channels; of a sharded weight a copy [O/G, K, ...] of the drawn part alone.
+
+    Every process then steps the whole compact state, which stays the same on all, and writes back the rows it owns.
+    """
+    if not is_sharded(slot.weight):
+        return slot.weight, slot.channels
+    return slot.gather().transpose(0, 1).contiguous(), torch.arange(len(slot.channels), device=slot.channels.device)
 
 
 def _hyper(algorithm: str, group: Mapping[str, Any]) -> list[float]:
