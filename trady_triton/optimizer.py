@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from trady_triton.distributed import average_gradients_, check_agreement, world_size
 from trady_triton.plan import Plan
-from trady_triton.sampling import Selection
+from trady_triton.sampling import Scores, Selection
+from trady_triton.scores import ChannelScores
 from trady_triton.slot import ChannelSlot, find_pool, find_slot
 from trady_triton.states import (
     ALGORITHMS,
@@ -106,6 +107,7 @@ class TraDyOptimizer(Optimizer, Joinable):
         self._synchronized = False
         self._agreed: int | None = None
         self._slots: list[list[ChannelSlot]] = []
+        self._scores = ChannelScores(plan)
         self._update_channels = ChannelUpdate(algorithm)
         options = {"betas": betas, "eps": eps} if algorithm == "adamw" else {"momentum": momentum, "nesterov": nesterov}
         defaults = {"lr": lr, "weight_decay": weight_decay, **options}
@@ -144,22 +146,32 @@ class TraDyOptimizer(Optimizer, Joinable):
         self._slots.append(slots)
         self._fill_states()
 
-    def resample(self, epoch: int | None = None) -> Selection:
+    def resample(self, epoch: int | None = None, scores: Scores | None = None) -> Selection:
         """Draw the channels of an epoch and install them; without an argument, of the next epoch.
 
         Asking for the installed epoch again changes nothing (but follows a model that was moved).
 
+        Args:
+            epoch: from 0.
+            scores: for samplers that draw by what a probe measures (see `trady_triton.probes`), layer -> a number for
+                each channel. Norms of weights, and of gradients seen in training, the optimizer keeps itself.
+
         Returns:
-            the channels: layer name -> ids, as `plan.sample(epoch)`.
+            the channels: layer name -> ids, as `plan.sample(epoch, scores)`.
 
         Raises:
+            ValueError: the sampler needs scores and got none, or they do not fit the layers.
             RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
         """
         epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
-        channels = self.plan.sample(epoch)
-        if epoch != self.epoch or any(slot.is_stale for slot in self._all_slots()):
+        is_new = epoch != self.epoch
+        found = self._scores.following(self._all_slots(), scores) if is_new else self._scores.kept
+        channels = self.plan.sample(epoch, found)
+        if is_new or any(slot.is_stale for slot in self._all_slots()):
             self._check_idle()
             self._install(epoch, channels)
+        if is_new:
+            self._scores.settle(found)
         if self.memory is not None:
             self.memory.restart()
         return channels
@@ -206,6 +218,7 @@ class TraDyOptimizer(Optimizer, Joinable):
             self.synchronize()
         if not self._found_inf():
             self._unscale()
+            self._scores.see(self._all_slots())
             self._update()
         for slot in self._all_slots():
             slot.draw.unapplied = False
@@ -268,6 +281,8 @@ class TraDyOptimizer(Optimizer, Joinable):
             packed_group["trady_state"] = {name: state for name, state in states.items() if state}
         for packed_group, slots in zip(packed["param_groups"], self._slots, strict=True):
             packed_group["params"] = packed_group["params"][: len(packed_group["params"]) - len(slots)]
+        if scores := self._scores.state():
+            packed["param_groups"][0]["trady_scores"] = scores
         return {**packed, "state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,14 +295,17 @@ class TraDyOptimizer(Optimizer, Joinable):
         self._check_saved_groups(groups)
         self._check_idle()
         epoch = groups[0]["trady_epoch"]
-        channels = self.plan.sample(epoch) if epoch >= 0 else {}
+        scores = groups[0].get("trady_scores", {})
+        channels = self.plan.sample(epoch, scores.get("kept") or None) if epoch >= 0 else {}
         saved = [group.get("trady_state", {}) for group in groups]
         self._check_saved_states(groups, saved, channels)
-        plain = [{key: value for key, value in group.items() if key != "trady_state"} for group in groups]
+        extra = ("trady_state", "trady_scores")
+        plain = [{key: value for key, value in group.items() if key not in extra} for group in groups]
         for group, own in zip(plain, super().state_dict()["param_groups"], strict=True):
             group["params"] = own["params"]
         super().load_state_dict({**state_dict, "state": {}, "param_groups": plain})
         self._install(epoch, channels)
+        self._scores.load(scores, self._all_slots())
         self._fill_states()
         for names, states, members in zip(self._names(), saved, self.param_groups, strict=True):
             for name, member in zip(names, members["params"], strict=True):
@@ -358,11 +376,12 @@ class TraDyOptimizer(Optimizer, Joinable):
 
     def _install(self, epoch: int, channels: Mapping[str, Sequence[int]]) -> None:
         """Draw `channels` for `epoch`; their states follow the policy, but a draw that is only moved keeps them."""
+        scale, outputs = getattr(channels, "scale", {}), getattr(channels, "outputs", {})
         carries = self.state_policy == "carry" or epoch == self.epoch
         for group, slots in zip(self.param_groups, self._slots, strict=True):
             for slot in slots:
                 old, old_channels = self.state.pop(slot.proxy, {}), slot.channels
-                slot.set(channels.get(slot.layer, ()))
+                slot.set(channels.get(slot.layer, ()), scale.get(slot.layer), outputs.get(slot.layer))
                 state = new_channel_state(slot, self.algorithm, group)
                 if carries:
                     carry_(state, slot.channels, old, old_channels)

@@ -11,7 +11,8 @@ Hooks, accumulation, clipping and GradScaler see an ordinary small parameter; no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,12 +49,14 @@ class Draw:
 
     `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `version` is
     that of the gradient when the last backward had added to it: a higher one means that somebody changed it since.
-    `averaged` tells whether the gradient is the mean over the processes that train together.
+    `averaged` tells whether the gradient is the mean over the processes that train together. `factor`, [K, 1] or
+    [K, O/G], multiplies the gradient in the update; None leaves it as it is.
     """
 
-    def __init__(self, channels: Tensor, proxy: Tensor) -> None:
+    def __init__(self, channels: Tensor, proxy: Tensor, factor: Tensor | None = None) -> None:
         self.channels = channels
         self.proxy = proxy
+        self.factor = factor
         self.replaced = False
         self.unapplied = False
         self.version = 0
@@ -118,11 +121,28 @@ class ChannelSlot:
         """Whether the weight changed device or dtype after the draw."""
         return self.proxy.device != self.weight.device or self.proxy.dtype != self.weight.dtype
 
-    def set(self, channels: Sequence[int]) -> None:
-        """Install a draw: channel ids in [0, C), no id twice."""
+    def set(
+        self, channels: Sequence[int], scale: Sequence[float] | None = None, outputs: Sequence[int] | None = None
+    ) -> None:
+        """Install a draw: channel ids in [0, C), no id twice.
+
+        `scale` holds a factor for the update of each channel; where `outputs` is given, only those output channels
+        are updated.
+        """
         draw = self._make_draw(channels)
+        draw.factor = self._factor(draw.channels, scale, outputs)
         self.draw.replaced = True
         self.draw = draw
+
+    @contextmanager
+    def borrowed(self, channels: Sequence[int]) -> Iterator[None]:
+        """Other channels inside the block; the draw of before comes back untouched."""
+        own = self.draw
+        self.draw = self._make_draw(channels)
+        try:
+            yield
+        finally:
+            self.draw = own
 
     def gather(self) -> Tensor:
         """Copy of the drawn part of the weight, [K, O/G, *kernel_size]; of a sharded one zero where others own it."""
@@ -154,10 +174,27 @@ class ChannelSlot:
         return view, (self.channels // group_size, slice(None), self.channels % group_size)
 
     def gradient(self) -> Tensor:
-        """The compact gradient that arrived, contiguous."""
-        grad = self.proxy.grad
+        """The compact gradient that arrived, times the draw's factor, contiguous."""
+        grad, factor = self.proxy.grad, self.draw.factor
         assert grad is not None
+        if factor is not None:
+            grad = grad * factor.view(*factor.shape, *[1] * (grad.dim() - 2)).to(grad.dtype)
         return grad.contiguous()
+
+    def _factor(self, channels: Tensor, scale: Sequence[float] | None, outputs: Sequence[int] | None) -> Tensor | None:
+        """[K, 1] from a scale of the channels, [K, O/G] where outputs are chosen, None where there is neither."""
+        if scale is None and outputs is None:
+            return None
+        device = self.weight.device
+        factor = torch.ones(len(channels), 1, device=device)
+        if scale is not None:
+            factor = torch.tensor(scale, dtype=torch.float32, device=device).view(-1, 1)
+        if outputs is not None:
+            chosen = torch.zeros(self.weight.shape[0], device=device)
+            chosen[list(outputs)] = 1.0
+            group_of = channels // self.weight.shape[1]
+            factor = factor * chosen.view(self.groups, -1)[group_of]
+        return factor
 
     def _make_draw(self, channels: Sequence[int]) -> Draw:
         weight = self.weight
