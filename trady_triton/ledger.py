@@ -7,7 +7,7 @@ content, so it needs neither the memory nor the time of the step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trady_triton.batch import Batch, Shape, num_samples, tensors
 from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory, storage_bytes
 from trady_triton.plan import Plan
 from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under, trained_by, unchanged
@@ -123,10 +124,10 @@ class Ledger:
 def ledger(
     model: nn.Module,
     plan: Plan | None,
-    input_shape: Sequence[int],
+    input_shape: Shape,
     *,
     epoch: int = 0,
-    target: Tensor | None = None,
+    target: Batch | None = None,
     loss_fn: Loss = F.cross_entropy,
     autocast: torch.dtype | None = None,
     micro_batch: int | None = None,
@@ -137,9 +138,11 @@ def ledger(
     Args:
         model: with the plan applied or not.
         plan: what is trained; None for plain training of every parameter that requires a gradient.
-        input_shape: of the whole batch, [N, ...].
+        input_shape: of the whole batch, [N, ...]; for a model that takes its inputs by name, a mapping of tensors, of
+            which shapes and dtypes count.
         epoch: whose channels are installed.
-        target: a tensor of the targets' shape and dtype; by default N class labels.
+        target: a tensor, or a mapping of tensors, of the targets' shape and dtype; by default N class labels, or of a
+            mapping the inputs themselves.
         loss_fn: `loss_fn(model(inputs), target)` -> the mean over the samples.
         autocast: dtype of torch.autocast around forward and loss.
         micro_batch: samples at a time; by default the plan's.
@@ -152,7 +155,7 @@ def ledger(
         micro_batch = plan.micro_batch
     channels = plan.sample(epoch) if plan else {}
     with fake_copy(model) as twin:
-        step = fake_step(twin, tuple(input_shape), target=target, loss_fn=loss_fn, autocast=autocast,
+        step = fake_step(twin, input_shape, target=target, loss_fn=loss_fn, autocast=autocast,
                          micro_batch=micro_batch)  # fmt: skip
         return _keep_books(twin, train_under(twin, plan, channels, weight_decay), step)
 
@@ -160,8 +163,8 @@ def ledger(
 def measure(
     model: nn.Module,
     optimizer: Optimizer,
-    inputs: Tensor,
-    target: Tensor,
+    inputs: Batch,
+    target: Batch,
     *,
     loss_fn: Loss = F.cross_entropy,
     autocast: torch.dtype | None = None,
@@ -175,7 +178,7 @@ def measure(
     Args:
         model: with the optimizer's plan applied.
         optimizer: any; without a plan it measures plain training.
-        inputs, target: a batch [N, ...], on the model's device.
+        inputs, target: a batch [N, ...], on the model's device: tensors, or mappings of tensors.
         loss_fn: `loss_fn(model(inputs), target)` -> the mean over the samples.
         autocast: dtype of torch.autocast around forward and loss.
         micro_batch: samples at a time; by default the plan's.
@@ -197,7 +200,7 @@ def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
     with KeptBytes(model) as kept:
         loss = step.forward(model)
     del loss
-    with peak_memory(step.inputs.device) as peak:
+    with peak_memory(step.device) as peak:
         step.backward(model)
         optimizer.step()
     slots = {id(slot.proxy): slot for slot in slots_of(model)}
@@ -208,17 +211,17 @@ def _keep_books(model: nn.Module, optimizer: Optimizer, step: Step) -> Ledger:
         step.backward(model)
     optimizer.zero_grad()
     model.eval()
-    with peak_memory(step.inputs.device) as inference:
+    with peak_memory(step.device) as inference:
         step.inference(model)
     return Ledger(
-        device=step.inputs.device.type,
-        batch_size=step.inputs.shape[0],
-        micro_batch=step.part[0].shape[0],
+        device=step.device.type,
+        batch_size=step.size,
+        micro_batch=num_samples(step.part[0]),
         kept_by_kind=kept.by_kind,
         kept_by_layer=kept.by_layer,
         not_lean=_not_lean(model, kept.by_layer),
         weight_bytes=storage_bytes([*model.parameters(), *model.buffers()]),
-        batch_bytes=storage_bytes([step.inputs, step.target]),
+        batch_bytes=storage_bytes([*tensors(step.inputs), *tensors(step.target)]),
         draw_bytes=storage_bytes(tensor for slot in slots.values() for tensor in (slot.channels, slot.proxy)),
         state_bytes=storage_bytes(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)),
         compact_gradient_bytes=compact,

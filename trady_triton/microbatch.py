@@ -7,22 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trady_triton.batch import Batch, call, device_of, num_samples, split
+
 
 def backward_in_parts(
     model: nn.Module,
-    inputs: Tensor,
-    target: Tensor,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    inputs: Batch,
+    target: Batch,
+    loss_fn: Callable[[Any, Any], Tensor],
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
     """Like `loss_fn(model(inputs), target).backward()`, with at most `micro_batch` samples at a time.
 
-    `inputs` and `target` [N, ...] are split alike; the loss must be a mean over the samples. None splits nothing.
+    `inputs` and `target` [N, ...], tensors or mappings of tensors, are split alike; the loss must be a mean over the
+    samples. None splits nothing.
     With `autocast` forward and loss run under torch.autocast in that dtype.
 
     Returns:
@@ -31,16 +35,17 @@ def backward_in_parts(
     Raises:
         ValueError: `micro_batch` is no positive integer, or the batch is empty.
     """
-    size = inputs.shape[0]
+    size = num_samples(inputs)
     if size == 0:
         raise ValueError("the batch is empty")
     check_micro_batch(micro_batch)
     total: Tensor | None = None
-    for x, y in zip(*(torch.split(tensor, micro_batch or size) for tensor in (inputs, target)), strict=True):
-        with casts(x.device, autocast):
-            loss = loss_fn(model(x), y)
-        loss = loss if x.shape[0] == size else loss * (x.shape[0] / size)
-        loss.backward()
+    for x, y in zip(*(split(batch, micro_batch or size) for batch in (inputs, target)), strict=True):
+        with casts(device_of(x), autocast):
+            loss = loss_fn(call(model, x), y)
+        part = num_samples(x)
+        loss = loss if part == size else loss * (part / size)
+        loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None
     return total

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from trady_triton import plan as plans
+from trady_triton.batch import Shape
 from trady_triton.plan import Plan
 from trady_triton.promise import fit_memory
 from trady_triton.ranking import Ranking
@@ -20,7 +20,7 @@ def make_plan(
     budget: int | str | None = None,
     memory: int | str | None = None,
     model: nn.Module | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: Shape | None = None,
     **options: Any,
 ) -> Plan:
     """Choose the pool of layers and fix the budget.
@@ -34,7 +34,7 @@ def make_plan(
         budget: elements for one sample as an integer, or bytes such as "256KiB".
         memory: bytes of the whole step, such as "2GiB".
         model: the model, for `memory`.
-        input_shape: of the batch, [N, ...], for `memory`.
+        input_shape: of the batch, as for `ledger`, for `memory`.
         options: such as coverage, k, layers, fill, seed, policy; for a budget batch_size and dtypes, for a memory
             micro_batch, target, loss_fn, autocast.
 

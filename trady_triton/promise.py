@@ -11,7 +11,7 @@ the whole pool costs, if that is less).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trady_triton.batch import Batch, Shape, num_samples, samples_in, tensors
 from trady_triton.meters import LiveStorages, storage_bytes
 from trady_triton.nn import remove_plan
 from trady_triton.plan import Plan, make_plan, parse_budget
@@ -40,9 +41,9 @@ def fit_memory(
     ranking: Ranking,
     *,
     memory: int | str,
-    input_shape: Sequence[int],
+    input_shape: Shape,
     micro_batch: int | None = None,
-    target: Tensor | None = None,
+    target: Batch | None = None,
     loss_fn: Loss = F.cross_entropy,
     autocast: torch.dtype | None = None,
     **options: Any,
@@ -57,7 +58,7 @@ def fit_memory(
         model: the model that was ranked; it is not touched.
         ranking: what `rank_layers` measured.
         memory: bytes, or a string such as "2GiB".
-        input_shape: of the whole batch, [N, ...].
+        input_shape: of the whole batch, as for `ledger`.
         micro_batch: samples at a time, if the choice is not left to the search.
         target, loss_fn, autocast: as for `ledger`.
         options: others of `make_plan`; budget, batch size and dtypes are set here.
@@ -65,12 +66,13 @@ def fit_memory(
     Raises:
         ValueError: it cannot be done in so little memory: the message names the smallest figure that works.
     """
-    limit, shape = parse_memory(memory), tuple(input_shape)
+    limit = parse_memory(memory)
     if options.get("cost_model", "exact") != "exact":
         raise ValueError(f"cost_model {options['cost_model']!r}: a promise of memory needs the exact costs")
+    samples = samples_in(input_shape)
     with fake_copy(model) as twin:
-        for size in _divisions(shape[0], twin, options) if micro_batch is None else [micro_batch]:
-            step = fake_step(twin, shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
+        for size in _divisions(samples, twin, options) if micro_batch is None else [micro_batch]:
+            step = fake_step(twin, input_shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
             search = _Search(twin, ranking, step, limit, options)
             if search.fits(search.enough):
                 return search.largest()
@@ -79,7 +81,7 @@ def fit_memory(
     least = search.bounds[search.cheapest]
     raise ValueError(
         f"memory of {limit:,} bytes: no channel can be trained in it; the smallest workable memory is {least} bytes "
-        f"({least / 2**20:.2f} MiB), at {search.micro_batch} of {shape[0]} samples at a time"
+        f"({least / 2**20:.2f} MiB), at {search.micro_batch} of {samples} samples at a time"
     )
 
 
@@ -92,14 +94,17 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     most = {name: range(min(plan.shapes[name].in_channels, plan.budget // cost)) for name, cost in costs.items()}
     optimizer = train_under(model, plan, most, weight_decay=1.0)
     slots = slots_of(model)
-    two_parts = 2 * step.part[0].shape[0]  # a third would only repeat the second
-    short = replace(step, inputs=step.inputs[:two_parts], target=step.target[:two_parts])
+    two_parts = 2 * num_samples(step.part[0])  # a third would only repeat the second
+    inputs, target = step.first(two_parts)
+    short = replace(step, inputs=inputs, target=target)
     with _Timeline() as timeline, _without_channels(model, plan, slots, timeline):
         short.backward(model)
         optimizer.step()
     optimizer.zero_grad()
     whole = [value for parameter in model.parameters() for value in optimizer.state.get(parameter, {}).values()]
-    existing = storage_bytes([*model.parameters(), *model.buffers(), *whole, step.inputs, step.target])
+    existing = storage_bytes(
+        [*model.parameters(), *model.buffers(), *whole, *tensors(step.inputs), *tensors(step.target)]
+    )
     channels = min(sum(map(len, most.values())), plan.budget // min(costs.values()))
     numbers = 12 if plan.cost.states == 2 else 8  # bytes of a channel's id, and of its count of AdamW steps
     draws = numbers * channels + storage_bytes(slot.proxy for slot in slots)
@@ -125,7 +130,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, ranking: Ranking, step: Step, limit: int, options: dict[str, Any]) -> None:
         self.model, self.ranking, self.step, self.limit, self.options = model, ranking, step, limit, options
-        self.micro_batch = step.part[0].shape[0]
+        self.micro_batch = num_samples(step.part[0])
         self.bounds: dict[int, int] = {}
         whole = self.plan(2**62)
         costs = {name: whole.cost.channel_cost(shape) for name, shape in whole.shapes.items()}

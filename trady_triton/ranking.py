@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trady_triton.batch import call, num_samples
 from trady_triton.cost import CostModel, LayerShape, measure_call
 from trady_triton.registry import lean_type
 from trady_triton.serial import read_json, write_json
@@ -101,7 +102,7 @@ class Ranking:
 
 def rank_layers(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Any]],
+    batches: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor],
     *,
     head: Sequence[str] | None = None,
@@ -115,8 +116,10 @@ def rank_layers(
 
     Args:
         model: a network; `model(input)`, or `model(**input)` where the input is a mapping, is what the loss gets.
-        batches: an iterable of (input, target); the first dimension of the first input tensor is the batch.
-        loss_fn: `loss_fn(model(input), target)` -> a scalar.
+        batches: an iterable of (input, target); the first dimension of the first input tensor is the batch. A batch
+            that is a mapping, as Transformers' collators make them, is input and target at once.
+        loss_fn: `loss_fn(model(input), target)` -> a scalar; for a model that computes its loss from the labels among
+            its inputs, `lambda output, batch: output.loss`.
         head: names of the modules that fine-tuning trains whole; by default what `model.get_classifier()` returns, as
             in timm, or else the last Conv2d or Linear of the forward.
         seed: of the random state during the measurement, for losses or layers that draw.
@@ -140,17 +143,17 @@ class _Measurement:
         self.shapes: dict[str, LayerShape] = {}
         self.norms: dict[str, Tensor] = {}
 
-    def run(self, batches: Iterable[tuple[Any, Any]], loss_fn: Callable[[Any, Any], Tensor]) -> Ranking:
+    def run(self, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Tensor]) -> Ranking:
         hooks = [
             layer.weight.register_post_accumulate_grad_hook(self._reduce(name, layer))  # type: ignore[no-untyped-call]
             for name, layer in self.layers.items()
         ]
         steps = 0
         try:
-            for inputs, target in batches:
+            for batch in batches:
+                inputs, target = (batch, batch) if isinstance(batch, Mapping) else batch
                 with self._shapes_recorded(inputs) if steps == 0 else torch.enable_grad():
-                    output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-                    loss_fn(output, target).backward()  # type: ignore[no-untyped-call]
+                    loss_fn(call(self.model, inputs), target).backward()  # type: ignore[no-untyped-call]
                 steps += 1
         finally:
             for hook in hooks:
@@ -171,7 +174,7 @@ class _Measurement:
     @contextmanager
     def _shapes_recorded(self, inputs: Any) -> Iterator[None]:
         """Record the sizes of every layer during the forward of one batch; a shared weight adds up its calls."""
-        batch = _batch_size(inputs)
+        batch = num_samples(inputs)
         owner = {id(layer.weight): name for name, layer in self.layers.items()}
 
         def record(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -247,13 +250,6 @@ def _inside(model: nn.Module, names: Sequence[str]) -> set[str]:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name")
     return {f"{name}.{inner}".rstrip(".") for name in names for inner, _ in modules[name].named_modules()}
-
-
-def _batch_size(inputs: Any) -> int:
-    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    if not isinstance(first, Tensor) or first.dim() == 0:
-        raise TypeError(f"batch of type {type(first).__name__}: wanted a tensor or a mapping of tensors")
-    return first.shape[0]
 
 
 @contextmanager

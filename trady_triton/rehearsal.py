@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Optimizer
 
+from trady_triton.batch import Batch, Shape, call, device_of, emptied, made_to, num_samples, split
 from trady_triton.microbatch import backward_in_parts, casts, check_micro_batch
 from trady_triton.nn import apply_plan, remove_plan
 from trady_triton.optimizer import TraDyOptimizer
@@ -23,7 +24,7 @@ from trady_triton.slot import ChannelSlot, find_slot
 # By how many states of a drawn channel the plan has counted.
 _OPTIMIZERS: tuple[dict[str, Any], ...] = ({}, {"momentum": 0.9}, {"algorithm": "adamw"})
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Step:
     The model is in train mode. `autocast` is the dtype of torch.autocast around forward and loss, None without.
     """
 
-    inputs: Tensor
-    target: Tensor
+    inputs: Batch
+    target: Batch
     loss_fn: Loss = F.cross_entropy
     autocast: torch.dtype | None = None
     micro_batch: int | None = None
@@ -43,10 +44,23 @@ class Step:
         check_micro_batch(self.micro_batch)
 
     @property
-    def part(self) -> tuple[Tensor, Tensor]:
+    def size(self) -> int:
+        """Samples of the batch."""
+        return num_samples(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return device_of(self.inputs)
+
+    @property
+    def part(self) -> tuple[Batch, Batch]:
         """The samples that run at once: the first micro-batch."""
-        size = self.micro_batch or self.inputs.shape[0]
-        return self.inputs[:size], self.target[:size]
+        return self.first(self.micro_batch or self.size)
+
+    def first(self, count: int) -> tuple[Batch, Batch]:
+        """Inputs and target of the first samples."""
+        return split(self.inputs, count)[0], split(self.target, count)[0]
 
     def backward(self, model: nn.Module) -> None:
         """Forward, loss and backward of the whole batch."""
@@ -55,14 +69,14 @@ class Step:
     def forward(self, model: nn.Module) -> Tensor:
         """Forward and loss of one part."""
         inputs, target = self.part
-        with casts(inputs.device, self.autocast):
-            return self.loss_fn(model(inputs), target)
+        with casts(self.device, self.autocast):
+            return self.loss_fn(call(model, inputs), target)
 
     @torch.no_grad()
     def inference(self, model: nn.Module) -> None:
         """A forward of one part that keeps nothing."""
-        with casts(self.inputs.device, self.autocast):
-            model(self.part[0])
+        with casts(self.device, self.autocast):
+            call(model, self.part[0])
 
 
 @contextmanager
@@ -81,23 +95,26 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
 
 def fake_step(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    input_shape: Shape,
     *,
-    target: Tensor | None,
+    target: Batch | None,
     loss_fn: Loss,
     autocast: torch.dtype | None,
     micro_batch: int | None,
 ) -> Step:
     """A step on a batch of that shape [N, ...] without content, for a model of `fake_copy`, inside its fake mode.
 
-    Without a target, N class labels are taken.
+    Without a target, N class labels are taken; of a mapping of tensors, the mapping itself.
     """
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    inputs = torch.empty(input_shape, dtype=weight.dtype, device=weight.device)
-    if target is None:
-        labels = torch.empty(input_shape[0], dtype=torch.int64, device=weight.device)
+    inputs = made_to(input_shape, weight)
+    labels: Batch
+    if target is not None:
+        labels = emptied(target, weight.device)
+    elif isinstance(inputs, Mapping):
+        labels = inputs
     else:
-        labels = torch.empty(target.shape, dtype=target.dtype, device=weight.device)
+        labels = torch.empty(num_samples(inputs), dtype=torch.int64, device=weight.device)
     return Step(inputs, labels, loss_fn, autocast, micro_batch)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from trady_triton.batch import Batch, Shape, call, made_to
 from trady_triton.nn.convert import apply_plan
 from trady_triton.plan import Plan
 
@@ -49,10 +50,11 @@ def _in_row(module: nn.Module, parent: nn.Module) -> bool:
     return sum(type(child) is type(module) for child in parent.children()) > 1
 
 
-def choose_recompute(plan: Plan, model: nn.Module, input_shape: Sequence[int], least_gain: float = 2.0) -> Plan:
+def choose_recompute(plan: Plan, model: nn.Module, input_shape: Shape, least_gain: float = 2.0) -> Plan:
     """The plan, with a policy that recomputes each block whose bytes that divides by `least_gain` or more. Exact.
 
-    `input_shape` counts the batch: (8, 3, 224, 224). Measured at the draw of epoch 0; the model is not touched.
+    `input_shape` counts the batch, (8, 3, 224, 224), or is a mapping of tensors of the batch's shapes and dtypes.
+    Measured at the draw of epoch 0; the model is not touched.
     """
     mode = FakeTensorMode()
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
@@ -62,13 +64,13 @@ def choose_recompute(plan: Plan, model: nn.Module, input_shape: Sequence[int], l
     with mode:
         for name, channels in drawn.items():
             fake.get_submodule(name).slot.set(channels)  # type: ignore[union-attr, operator]
-        x = torch.empty(*input_shape, dtype=tensors[0].dtype, device=tensors[0].device)
+        x = made_to(input_shape, tensors[0])
         kept, inputs = _bytes_by_block(fake, blocks(fake), x)
     cheaper = tuple(name for name in inputs if 0 < inputs[name] * least_gain <= kept[name])
     return replace(plan, policy=replace(plan.policy, recompute=cheaper))
 
 
-def _bytes_by_block(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[Counter[str], dict[str, int]]:
+def _bytes_by_block(model: nn.Module, names: Sequence[str], x: Batch) -> tuple[Counter[str], dict[str, int]]:
     """(bytes that lean layers keep inside each block, bytes of each block's inputs) in one forward."""
     kept: Counter[str] = Counter()
     inputs: dict[str, int] = {}
@@ -82,7 +84,7 @@ def _bytes_by_block(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[
         return tensor
 
     with _named_calls(model, names, running, inputs), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
+        call(model, x)
     return kept, inputs
 
 
