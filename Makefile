@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-oldest lint clean
+.PHONY: demo bench bench-gpu test test-gpu test-oldest lint clean
 
 # Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
@@ -22,6 +22,15 @@ test-gpu: $(VENV)/.dev
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest
 
+# Numbers in bench/results; a stopped run goes on. On a GPU: make bench-gpu. For a first look: make bench MODE=quick.
+MODE := cpu
+
+bench: $(VENV)/.bench
+	OMP_WAIT_POLICY=passive $(BIN)/python -m trady_triton.bench --mode $(MODE)
+
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python -m trady_triton.bench --mode cuda
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +43,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo,bench]"
 	touch $@
 
 $(OLDEST)/.dev: pyproject.toml

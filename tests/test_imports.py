@@ -76,6 +76,13 @@ def test_every_room_is_in_the_table():
     assert rooms - {"app"} == set(ALLOWED)
 
 
+def test_benchmarks_build_on_the_library_and_models_and_not_on_the_app():
+    files = list((ROOT / "bench").rglob("*.py"))
+    assert files
+    for file in files:
+        assert "app" not in imported(file), file
+
+
 def test_models_build_on_timm_and_the_lower_rooms():
     allowed = {"torch", "timm", "safetensors", "trady_triton"}
     for file in (ROOT / "models").rglob("*.py"):

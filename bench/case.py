@@ -1,0 +1,192 @@
+"""One case, a method on a net: gate first, then exact counts, then time beside full fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trady_triton import Plan, ledger
+from trady_triton.bench.gate import Gate, Verdict
+from trady_triton.bench.methods import METHODS, Method
+from trady_triton.bench.nets import Net
+from trady_triton.bench.training import Setup, Training, UnavailableError, step_of
+from trady_triton.ledger import storage_bytes
+from trady_triton.meters import FlopsByKind, KeptBytes, peak_memory
+from trady_triton.rehearsal import Step, slots_of
+
+EPOCHS = 4  # of the draws, the one that keeps most is counted
+
+
+class Bench:
+    """All methods on one net, one after another."""
+
+    def __init__(self, net: Net, budgets: Iterable[str], repeats: int) -> None:
+        self.net, self.repeats = net, repeats
+        self.model = net.build()
+        small, middle, large = budgets
+        self.setup = Setup(net, net.rank(self.model), (small, middle, large))
+        self.gate = Gate(self.model, self.setup)
+        self.verdicts: dict[str, Verdict] = {}
+        self.whole = step_of(net)
+        self.weight_bytes = storage_bytes([*self.model.parameters(), *self.model.buffers()])
+        self._reference: Training | None = None
+
+    def run(self, name: str, micro_batch: int | None = None) -> dict[str, Any]:
+        """The row of a method, as JSON. Nothing that a method raises comes out of here: the row says it."""
+        method, step = METHODS[name], step_of(self.net, micro_batch)
+        setup = replace(self.setup, micro_batch=micro_batch)
+        row: dict[str, Any] = {
+            **self.net.described(),
+            "method": name,
+            "label": method.label,
+            "micro_batch": micro_batch,
+            "inference_bytes": inference_peak(self.model, step),
+        }
+        try:
+            if name not in self.verdicts:
+                self.verdicts[name] = self.gate.check(method)
+            verdict = self.verdicts[name]
+            row |= {"gate": {**asdict(verdict), "is_green": verdict.is_green}}
+            if not verdict.is_green:
+                return row | {"status": "red", "why": verdict.why}
+            return row | self._measured(method, setup, step) | {"status": "ok"}
+        except UnavailableError as error:
+            return row | {"status": "unavailable", "why": str(error)}
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__} in {place.name}: {' '.join(str(error).split())[:300]}"
+            return row | {"status": "failed", "why": why}
+        finally:
+            gc.collect()
+
+    def _measured(self, method: Method, setup: Setup, step: Step) -> dict[str, Any]:
+        training = method.set_up(copy.deepcopy(self.model), setup)
+        counts = count(training, step, self.weight_bytes, method.is_compiled)
+        if training.plan is not None:
+            counts |= self._predicted(training.plan, counts["epoch"], step.micro_batch)
+        times, full = self._timed(training, step)
+        return counts | {
+            "ms": [1e3 * t for t in times],
+            "full_ms": [1e3 * t for t in full],
+            "ratio": statistics.median(times) / statistics.median(full),
+        }
+
+    def _predicted(self, plan: Plan, epoch: int, micro_batch: int | None) -> dict[str, Any]:
+        """What the plan's ledger says of the same step, without running it."""
+        book = ledger(self.model, plan, self.net.input_shape, epoch=epoch, autocast=self.net.autocast,
+                      micro_batch=micro_batch)  # fmt: skip
+        return {
+            "budget_bytes": plan.budget,
+            "used_bytes": plan.used(plan.sample(epoch)),
+            "predicted_kept_bytes": book.kept_bytes,
+            "predicted_peak_bytes": book.total_bytes - book.weight_bytes - book.batch_bytes,
+            "recomputed_blocks": len(plan.policy.recompute),
+        }
+
+    def _timed(self, training: Training, step: Step) -> tuple[list[float], list[float]]:
+        """Seconds of steps of the method and of full fine-tuning of the whole batch, in turn; each step draws anew."""
+        if self._reference is None:
+            self._reference = METHODS["full"].set_up(copy.deepcopy(self.model), self.setup)
+            seconds(self._reference, self.whole)
+        seconds(training, step)
+        mine, full = [], []
+        for repeat in range(self.repeats):
+            training.begin(repeat)
+            mine.append(seconds(training, step))
+            full.append(seconds(self._reference, self.whole))
+        return mine, full
+
+
+def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compiled: bool = False) -> dict[str, Any]:
+    """Exact bytes and FLOPs of a step, of the epoch of the first few that keeps most.
+
+    The peak is all that the method needs beyond the net's own weights and the batch: activations, gradients,
+    optimizer state, adapters, ids of channels. Compiled code is counted by the CUDA allocator, or not at all.
+    """
+    network: Any = training.network
+    epochs = range(EPOCHS) if training.start_epoch else range(1)
+    kept_in = [_kept(training, step, epoch) for epoch in epochs]
+    epoch = kept_in.index(max(kept_in))
+    training.begin(epoch)
+    training.step(step)  # from here on the optimizer's state exists
+    state = state_bytes(training)
+    training.optimizer.zero_grad()
+    with peak_memory(step.inputs.device) as peak:
+        training.step(step)
+    weights = storage_bytes([*network.parameters(), *network.buffers()])
+    draws = storage_bytes(tensor for slot in slots_of(network) for tensor in (slot.channels, slot.proxy))
+    extra = max(0, weights - plain_weight_bytes) + draws if plain_weight_bytes else draws
+    counts = {"epoch": epoch, "kept_bytes": kept_in[epoch], "state_bytes": state, "extra_weight_bytes": extra}
+    if is_compiled:
+        on_cuda = step.inputs.device.type == "cuda"
+        return counts | {"peak_bytes": peak.peak_bytes + state + extra if on_cuda else None}
+    training.optimizer.zero_grad()
+    with FlopsByKind(training.model) as flops:
+        step.backward(training.model)
+    return counts | {
+        "peak_bytes": peak.peak_bytes + state + extra,
+        "forward_flops": flops.forward_flops,
+        "dgrad_flops": flops.dgrad_flops,
+        "wgrad_flops": flops.wgrad_flops,
+    }
+
+
+def inference_peak(model: nn.Module, step: Step) -> int:
+    """Peak bytes of a forward without gradients, beyond weights and batch: the floor of every step."""
+    mode = model.training
+    with peak_memory(step.inputs.device) as memory:
+        step.inference(model.eval())
+    model.train(mode)
+    return memory.peak_bytes
+
+
+def state_bytes(training: Training) -> int:
+    """Bytes of the optimizer's state, tensors inside tensor subclasses and helper objects too."""
+    optimizer: Any = training.optimizer
+    states = [*getattr(optimizer, "base_optimizer", optimizer).state.values(), getattr(optimizer, "param_idx2hp", {})]
+    return storage_bytes(tensor for state in states for value in state.values() for tensor in _plain(value))
+
+
+def _plain(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        if not hasattr(value, "__tensor_flatten__"):
+            return [value]
+        return [tensor for name in value.__tensor_flatten__()[0] for tensor in _plain(getattr(value, name))]
+    return [item for item in getattr(value, "__dict__", {}).values() if isinstance(item, Tensor)]
+
+
+def _kept(training: Training, step: Step, epoch: int) -> int:
+    training.begin(epoch)
+    training.optimizer.zero_grad()
+    with KeptBytes(training.model) as kept:
+        loss = step.forward(training.model)
+    del loss
+    return kept.total
+
+
+def seconds(training: Training, step: Step) -> float:
+    """Wall-clock seconds of one step; of the device where there is one."""
+    if step.inputs.device.type != "cuda":
+        return _elapsed(lambda: training.step(step))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()  # type: ignore[no-untyped-call]
+    training.step(step)
+    end.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

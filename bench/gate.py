@@ -1,0 +1,195 @@
+"""The gate before any timing: a method's gradients, and what a step changes, against plain autograd.
+
+Runs on two samples in float64, where everything but an approximation must agree to rounding. Methods that are
+optimizers run in float32, their package's precision, and may differ from plain autograd in the same precision by no
+more than that differs from float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_triton.bench.methods import Method
+from trady_triton.bench.training import Setup, Training, step_of
+from trady_triton.rehearsal import slots_of
+
+CONTRACTS = {
+    "dense": "gradients of all that is trained equal plain autograd's; the rest stays bit for bit",
+    "channels": "gradients of the drawn channels equal those columns of plain autograd's; the rest stays bit for bit",
+    "approximate": "with nothing lost, gradients equal plain autograd's; else they err by 10 % or less where that is "
+                   "the promise (int8); the rest stays bit for bit",
+    "adapter": "starts from the net's own output; the loss moves as the gradient says; base weights stay bit for bit",
+    "optimizer": "gradients equal plain autograd's, and a step changes weights",
+}  # fmt: skip
+ROUNDING = 1e-8
+INT8_ERROR = 0.1
+SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate saw: relative error of the gradients and its limit; of an approximation the error as it is run.
+
+    `why` says what is wrong; it is empty where the gate is green.
+    """
+
+    contract: str
+    error: float
+    limit: float
+    working_error: float | None = None
+    why: str = ""
+
+    @property
+    def is_green(self) -> bool:
+        """Whether speed may be shown."""
+        return not self.why
+
+
+class Gate:
+    """Checks methods on one net; plain gradients are computed once."""
+
+    def __init__(self, model: nn.Module, setup: Setup) -> None:
+        self.model, self.setup = model, replace(setup, net=replace(setup.net, batch=SAMPLES))
+        self._dense: dict[tuple[torch.dtype, frozenset[str]], dict[str, Tensor]] = {}
+
+    def check(self, method: Method) -> Verdict:
+        """Run the method's contract.
+
+        Raises:
+            Exception: whatever the method raises.
+        """
+        if method.contract == "adapter":
+            return self._check_adapter(method)
+        single = method.contract == "optimizer" or method.is_compiled
+        dtype = torch.float32 if single else torch.float64
+        error, why = self._error(method, dtype, lossless=True)
+        limit = self._limit(method, dtype)
+        working = self._error(method, dtype, lossless=False)[0] if method.contract == "approximate" else None
+        if not why and not error <= limit:
+            why = f"gradients err by {error:.2g}, allowed are {limit:.2g}"
+        return Verdict(method.contract, error, limit, working, why)
+
+    def _limit(self, method: Method, dtype: torch.dtype) -> float:
+        if dtype == torch.float64:
+            return INT8_ERROR if method.contract == "approximate" and not method.lossless else ROUNDING
+        single, double = self._plain(torch.float32, frozenset()), self._plain(torch.float64, frozenset())
+        return 4 * _distance(single, double) + 1e-5
+
+    def _error(self, method: Method, dtype: torch.dtype, lossless: bool) -> tuple[float, str]:
+        """(relative error of all gradients together, what else is wrong)."""
+        model = copy.deepcopy(self.model).to(dtype)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        training = method.set_up(model, self.setup, lossless)
+        network = training.network or model
+        step = step_of(self.setup.net, dtype=dtype)
+        training.optimizer.zero_grad()
+        step.backward(training.model)
+        frozen = frozenset(n for n, m in network.named_modules() if isinstance(m, _BatchNorm) and _is_frozen(m))
+        wanted, found = self._plain(dtype, frozen), found_gradients(training)
+        wanted = {name: pick(wanted, name, training) for name in found}
+        error = _distance(found, wanted) if found else float("inf")
+        training.optimizer.step()
+        return error, _unlawful_changes(training, before) if found else "nothing has a gradient"
+
+    def _plain(self, dtype: torch.dtype, frozen: frozenset[str]) -> dict[str, Tensor]:
+        """Gradients of every parameter in plain PyTorch, with these BatchNorms in eval mode."""
+        if (dtype, frozen) not in self._dense:
+            model = copy.deepcopy(self.model).to(dtype).train().requires_grad_(True)
+            for name in frozen:
+                model.get_submodule(name).eval()
+            step_of(self.setup.net, dtype=dtype).backward(model)
+            self._dense[dtype, frozen] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return self._dense[dtype, frozen]
+
+    def _check_adapter(self, method: Method) -> Verdict:
+        """Output at the start, the slope of the loss along the gradient, and that the base does not move."""
+        torch.manual_seed(0)
+        plain = copy.deepcopy(self.model).double()
+        training = method.set_up(copy.deepcopy(plain), self.setup)
+        step = step_of(self.setup.net, dtype=torch.float64)
+        state = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+        with torch.no_grad():
+            start = float((training.model.eval()(step.inputs) - plain.eval()(step.inputs)).abs().max())
+        training.begin(0)
+        error = _slope_error(training, step)
+        training.optimizer.step()
+        why = _unlawful_changes(training, state)
+        if start > ROUNDING:
+            why = f"the output starts {start:.2g} away from the net's"
+        elif error > 1e-3:
+            why = f"the loss moves by {error:.2g} of its change more or less than the gradient says"
+        return Verdict(method.contract, max(error, start), 1e-3, None, why)
+
+
+def found_gradients(training: Training) -> dict[str, Tensor]:
+    """Gradients by name of the parameter: whole ones, and compact ones [K, O/G, ...] of the drawn channels."""
+    assert training.network is not None
+    found = {name: p.grad for name, p in training.network.named_parameters() if p.grad is not None}
+    drawn = {f"{s.layer}.weight": s.proxy.grad for s in slots_of(training.network) if s.proxy.grad is not None}
+    return {**found, **drawn}
+
+
+def pick(dense: Mapping[str, Tensor], name: str, training: Training) -> Tensor:
+    """The part of a dense gradient that the method computes: all of it, or dW[:, channels]."""
+    assert training.network is not None
+    gradient = dense[name]
+    for slot in slots_of(training.network):
+        if f"{slot.layer}.weight" == name:
+            size = gradient.shape[1]
+            grouped = gradient.view(slot.groups, gradient.shape[0] // slot.groups, *gradient.shape[1:])
+            return grouped[slot.channels // size, :, slot.channels % size]
+    return gradient
+
+
+def _unlawful_changes(training: Training, before: Mapping[str, Tensor]) -> str:
+    """What a step changed that it may not, or that it changed nothing."""
+    network: Any = training.network
+    slots = {f"{slot.layer}.weight": slot for slot in slots_of(network)}
+    changed = 0
+    for name, parameter in network.named_parameters():
+        moved = (parameter.detach() != before[name]) & ~(parameter.isnan() & before[name].isnan())
+        changed += int(moved.sum())
+        if name in slots:
+            moved = moved.view(slots[name].groups, moved.shape[0] // slots[name].groups, *moved.shape[1:]).clone()
+            moved[slots[name].channels // moved.shape[2], :, slots[name].channels % moved.shape[2]] = False
+        elif name in training.trained:
+            continue
+        if bool(moved.any()):
+            return f"{name} changed, which is not trained"
+    return "" if changed else "a step changed nothing"
+
+
+def _slope_error(training: Training, step: Any, length: float = 1e-4) -> float:
+    """How far the loss's change along the gradient is from what the gradient says; relative."""
+    training.optimizer.zero_grad()
+    step.backward(training.model)
+    parameters = [p for p in training.model.parameters() if p.requires_grad and p.grad is not None]
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()  # type: ignore[union-attr]
+    along = [p.grad / norm for p in parameters]  # type: ignore[operator]
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, direction in zip(parameters, along, strict=True):
+                parameter.add_(direction, alpha=sign * length)
+            losses.append(float(step.forward(training.model)))
+        for parameter, direction in zip(parameters, along, strict=True):
+            parameter.add_(direction, alpha=length)
+    return abs((losses[0] - losses[1]) / (2 * length) / float(norm) - 1)
+
+
+def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """Norm of the difference over the norm of what is wanted, all tensors together."""
+    difference = sum(float((wanted[n].double() - g.double()).square().sum()) for n, g in found.items())
+    size = sum(float(wanted[name].double().square().sum()) for name in found)
+    return float((difference / size) ** 0.5) if size else float("inf")
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    return not norm.training
