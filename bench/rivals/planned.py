@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trady_triton import Plan, TraDyOptimizer, apply_plan, choose_recompute
 from trady_triton.bench.training import Setup, Training, UnavailableError
-from trady_triton.sampling import Selection, epoch_generator, fill
+from trady_triton.sampling import Scores, Selection, fill
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FixedPlan(Plan):
 
     channels: Selection = field(default_factory=Selection)
 
-    def sample(self, epoch: int) -> Selection:
+    def sample(self, epoch: int, scores: Scores | None = None) -> Selection:
         """Always `channels`."""
         return self.channels
 
@@ -54,10 +54,7 @@ def paca_static(model: nn.Module, setup: Setup) -> Training:
     linear = [layer.name for layer in setup.ranking.layers if not layer.shape.kernel_size]
     if not linear:
         raise UnavailableError("PaCA trains Linear layers only, and this network has none beside its head")
-    plan = setup.plan(layers=linear)
-    noise = {name: torch.rand(plan.shapes[name].in_channels, generator=epoch_generator(0, i))
-             for i, name in enumerate(linear)}  # fmt: skip
-    return under(_fixed(plan, noise), model, setup)
+    return under(setup.plan(layers=linear, sampler="paca"), model, setup)
 
 
 def under(plan: Plan, model: nn.Module, setup: Setup) -> Training:
