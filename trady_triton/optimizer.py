@@ -119,7 +119,7 @@ class TraDyOptimizer(Optimizer, Joinable):
             raise ValueError(
                 f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
                 f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
-                "deepcopy needs remove_plan and apply_plan of its own"
+                "deepcopy needs remove_plan and apply_plan of its own, and fully_shard comes before apply_plan"
             )
         assert pool is not None
         self._model = pool.model

@@ -32,4 +32,8 @@ def lean_type(kind: type[nn.Module]) -> type[nn.Module] | None:
         _taught.add(package)
         for teacher in entry_points(group="trady_triton.layers", name=package):
             teacher.load()
+    if kind not in _LEAN and kind.__mro__[1].__name__ == "FSDPModule":
+        # fully_shard gives a module a class of its own, (FSDPModule, kind): it changes no forward.
+        lean = lean_type(kind.__mro__[2])
+        return lean and type(f"FSDP{lean.__name__}", (kind, lean), {})
     return _LEAN.get(kind)
