@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.cost import keeps_strided_pixels
-from trady_triton.ops import conv_wgrad, grouped_wgrad, store_channels, token_wgrad
+from trady_triton.ops import grouped_wgrad, planes_wgrad, store_channels, token_wgrad
 from trady_triton.slot import ChannelSlot, Draw, Ticket
 
 
@@ -63,13 +63,15 @@ def _current_draw(weight: Tensor, slot: ChannelSlot | None) -> Draw | None:
             "the weight of a lean layer requires a gradient, which nothing would compute: leave requires_grad as "
             "apply_plan set it, or call remove_plan(model) first"
         )
-    if slot is None or slot.channels.numel() == 0 or not torch.is_grad_enabled():
+    if slot is None or not slot.is_drawn or not torch.is_grad_enabled():
         return None
     if slot.is_stale:
         raise RuntimeError(
             f"layer {slot.layer!r}: the weight is {weight.dtype} on {weight.device}, its channels were drawn for "
             f"{slot.proxy.dtype} on {slot.proxy.device}; call optimizer.resample(epoch)"
         )
+    if torch.compiler.is_compiling():  # where sizes are symbols, and unrelated until it is said that they are equal
+        torch._check(slot.channels.shape[0] == slot.proxy.shape[0])
     return slot.draw
 
 
@@ -173,7 +175,7 @@ def _is_product(weight_shape: torch.Size, geometry: ConvGeometry) -> bool:
 def _conv_wgrad(dy: Tensor, store: Tensor, draw: Draw, weight_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
     """The compact dW [K, O/G, R, S] from dY [N, O, P, Q] and the store."""
     out_channels, group_size, *kernel = weight_shape
-    count, groups, dtype = draw.channels.numel(), geometry.groups, draw.proxy.dtype
+    groups, dtype = geometry.groups, draw.proxy.dtype
     if _is_product(weight_shape, geometry):
         return token_wgrad(store, dy, 1, out_dtype=dtype)[:, :, None, None]
     left, _, top, _ = geometry.overhang
@@ -182,9 +184,7 @@ def _conv_wgrad(dy: Tensor, store: Tensor, draw: Draw, weight_shape: torch.Size,
     if groups > 1:
         group = (group_size, out_channels // groups)
         return grouped_wgrad(store, dy, draw.channels, group, kernel, stride, padding, geometry.dilation, dtype)
-    # The kernel wants channels innermost, rounded up to 8: what is kept must not pay for that, so it is copied here.
-    taps = store_channels(store.transpose(0, 1), torch.arange(count, device=store.device), "taps")
-    return conv_wgrad(taps, dy, count, kernel, stride, padding, geometry.dilation, dtype)
+    return planes_wgrad(store, dy, kernel, stride, padding, geometry.dilation, dtype)
 
 
 def _ticket(draw: Draw) -> Ticket | None:

@@ -61,9 +61,11 @@ class Draw:
         self.unapplied = False
         self.version = 0
         self.averaged = False
-        if proxy.requires_grad:
-            # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
-            proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
+        proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        # One compilation serves every number of channels; the hint makes it keep the compact store, not all of x.
+        for tensor in (channels, proxy):
+            torch._dynamo.decorators.mark_unbacked(tensor, 0, hint_override=1)
         self.waiting: weakref.WeakSet[Ticket] = weakref.WeakSet()
 
 
@@ -71,6 +73,9 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
     draw = reference()
     if draw is None or draw.replaced:
         raise RuntimeError(_LOST)
+    if proxy.numel() == 0:
+        proxy.grad = None  # compiled code runs the backward of every layer of the pool, drawn or not
+        return
     draw.unapplied = True
     draw.averaged = False
     draw.version = 0 if proxy.grad is None else proxy.grad._version
@@ -105,6 +110,11 @@ class ChannelSlot:
     def proxy(self) -> Tensor:
         """The leaf [K, O/G, *kernel_size] whose `.grad` is the compact weight gradient."""
         return self.draw.proxy
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether channels are drawn; compiled code, which serves all draws, takes every slot for drawn."""
+        return torch.compiler.is_compiling() or self.channels.numel() > 0
 
     @property
     def is_waiting(self) -> bool:
@@ -205,8 +215,7 @@ class ChannelSlot:
                 f"layer {self.layer!r}: channels {list(channels)}, wanted distinct ids in [0, {in_channels})"
             )
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
-        proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape)
-        proxy.requires_grad_(len(ids) > 0)
+        proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape).requires_grad_()
         return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy)
 
 

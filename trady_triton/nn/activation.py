@@ -45,15 +45,29 @@ class _TwoSlopes(torch.autograd.Function):
         return dx if steep == 1 else dx.mul_(steep), None, None, None, None, None
 
 
+def _two_slopes(
+    module: Any, run: Callable[[Tensor], Tensor], x: Tensor, low: float, high: float, steep: float = 1.0,
+    flat: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """run(x), the plain forward of an activation module, with the derivative that `_TwoSlopes` describes."""
+    if not builds_graph(x):
+        return run(x)
+    slopes = low, high, steep, flat
+    if (
+        module.inplace and torch.compiler.is_compiling()
+    ):  # which loses the backward of a Function that changes its input
+        y: Tensor = _TwoSlopes.apply(x, lambda x: run(x.clone()), *slopes)
+        return x.copy_(y)
+    y = _TwoSlopes.apply(x, run, *slopes)
+    return y
+
+
 class LeanReLU(nn.ReLU):
     """nn.ReLU that keeps one bit an element."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        if not builds_graph(input):
-            return super().forward(input)
-        y: Tensor = _TwoSlopes.apply(input, super().forward, 0.0, inf, 1.0, 0.0)
-        return y
+        return _two_slopes(self, super().forward, input, 0.0, inf)
 
 
 class LeanLeakyReLU(nn.LeakyReLU):
@@ -61,10 +75,7 @@ class LeanLeakyReLU(nn.LeakyReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        if not builds_graph(input):
-            return super().forward(input)
-        y: Tensor = _TwoSlopes.apply(input, super().forward, 0.0, inf, 1.0, self.negative_slope)
-        return y
+        return _two_slopes(self, super().forward, input, 0.0, inf, 1.0, self.negative_slope)
 
 
 class LeanHardtanh(nn.Hardtanh):
@@ -72,10 +83,7 @@ class LeanHardtanh(nn.Hardtanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        if not builds_graph(input):
-            return super().forward(input)
-        y: Tensor = _TwoSlopes.apply(input, super().forward, self.min_val, self.max_val, 1.0, 0.0)
-        return y
+        return _two_slopes(self, super().forward, input, self.min_val, self.max_val)
 
 
 class LeanReLU6(nn.ReLU6):
@@ -83,10 +91,7 @@ class LeanReLU6(nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        if not builds_graph(input):
-            return super().forward(input)
-        y: Tensor = _TwoSlopes.apply(input, super().forward, 0.0, 6.0, 1.0, 0.0)
-        return y
+        return _two_slopes(self, super().forward, input, 0.0, 6.0)
 
 
 class LeanHardsigmoid(nn.Hardsigmoid):
@@ -94,10 +99,7 @@ class LeanHardsigmoid(nn.Hardsigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        if not builds_graph(input):
-            return super().forward(input)
-        y: Tensor = _TwoSlopes.apply(input, super().forward, -3.0, 3.0, _ONE_SIXTH, 0.0)
-        return y
+        return _two_slopes(self, super().forward, input, -3.0, 3.0, _ONE_SIXTH)
 
 
 def _pack_outside(x: Tensor, low: float, high: float) -> tuple[Tensor, tuple[torch.Size, tuple[int, ...]]]:

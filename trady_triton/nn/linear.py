@@ -25,5 +25,5 @@ class LeanLinear(nn.Linear):
 
         Then a recomputed block can stop before its last product, as it cannot before a custom Function.
         """
-        drawn = self.slot is not None and self.slot.channels.numel() > 0
+        drawn = self.slot is not None and self.slot.is_drawn
         return not drawn and not self.weight.requires_grad and not torch.is_autocast_enabled(x.device.type)

@@ -49,7 +49,7 @@ def _records(module: nn.Module, inputs: Any) -> bool:
     if any(tensor.requires_grad for tensor in (*tensors, *module.parameters())):
         return True
     slots = (getattr(child, "slot", None) for child in module.modules())
-    return any(slot is not None and slot.channels.numel() > 0 for slot in slots)
+    return any(slot is not None and slot.is_drawn for slot in slots)
 
 
 def _rebuild(kind: type[nn.Module]) -> nn.Module:

@@ -37,12 +37,17 @@ class _PackedActivation(torch.autograd.Function):
         return unpack_derivative(dy, code, ctx.kind, ctx.bits, ctx.strides), None, None, None
 
 
-def lean_activation(x: Tensor, run: Callable[[Tensor], Tensor], kind: str, policy: Policy) -> Tensor:
-    """run(x), the activation `kind` (a key of CODES), keeping what the policy allows."""
+def lean_activation(
+    x: Tensor, run: Callable[[Tensor], Tensor], kind: str, policy: Policy, inplace: bool = False
+) -> Tensor:
+    """run(x), the activation `kind` (a key of CODES), keeping what the policy allows; `inplace` if run changes x."""
     bits = policy.derivative_bits
     if bits is None or not builds_graph(x):
         return run(x)
-    y: Tensor = _PackedActivation.apply(x, run, kind, bits)
+    if inplace and torch.compiler.is_compiling():  # as in activation.py
+        y: Tensor = _PackedActivation.apply(x, lambda x: run(x.clone()), kind, bits)
+        return x.copy_(y)
+    y = _PackedActivation.apply(x, run, kind, bits)
     return y
 
 
@@ -53,7 +58,7 @@ class LeanSiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        return lean_activation(input, super().forward, "silu", self.policy)
+        return lean_activation(input, super().forward, "silu", self.policy, self.inplace)
 
 
 class LeanHardswish(nn.Hardswish):
@@ -63,7 +68,7 @@ class LeanHardswish(nn.Hardswish):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape -> the same shape."""
-        return lean_activation(input, super().forward, "hardswish", self.policy)
+        return lean_activation(input, super().forward, "hardswish", self.policy, self.inplace)
 
 
 class LeanGELU(nn.GELU):

@@ -99,13 +99,20 @@ def conv_wgrad_ref(
     out_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """What `conv_wgrad` computes, by torch's convolution backward on the compact data (cuDNN on a GPU)."""
-    if k == 0 or dy.numel() == 0:
-        return dy.new_zeros(k, dy.shape[1], *kernel_size, dtype=out_dtype)
-    planes = upcast(x[..., :k]).permute(0, 3, 1, 2)
-    planes, padding = fit_padding(planes, dy.shape[2:], kernel_size, stride, padding, dilation)
-    weight = planes.new_empty(()).expand(dy.shape[1], k, *kernel_size)
+    return dense_wgrad(x[..., :k].permute(0, 3, 1, 2), dy, kernel_size, stride, padding, dilation, out_dtype)
+
+
+def dense_wgrad(
+    x: torch.Tensor, dy: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], out_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """dW [K, O, R, S] of x [N, K, H, W], by torch."""
+    if x.shape[1] == 0 or dy.numel() == 0:
+        return dy.new_zeros(x.shape[1], dy.shape[1], *kernel_size, dtype=out_dtype)
+    x, padding = fit_padding(upcast(x), dy.shape[2:], kernel_size, stride, padding, dilation)
+    weight = x.new_empty(()).expand(dy.shape[1], x.shape[1], *kernel_size)
     _, dw, _ = torch.ops.aten.convolution_backward(
-        upcast(dy), planes, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
+        upcast(dy), x, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
     )
     result: torch.Tensor = dw.transpose(0, 1).to(out_dtype).contiguous()
     return result
@@ -169,10 +176,11 @@ def _reduce(partials: torch.Tensor, out: torch.Tensor, taps: int) -> torch.Tenso
     return out
 
 
-def _impl(
+def conv_wgrad_impl(
     x: torch.Tensor, dy: torch.Tensor, k: int, kernel_size: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    """The op: x [N, H, W, Kp], dy [N, O, P, Q] -> [K, O, R, S]."""
     geometry = (kernel_size, stride, padding, dilation)
     dy = in_place(dy)
     if k == 0 or not use_triton(x) or not fits_kernel(x, dy):
@@ -217,7 +225,7 @@ def conv_wgrad_bytes(
 _op = register_op(
     "conv_wgrad(Tensor x, Tensor dy, SymInt k, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "ScalarType out_dtype) -> Tensor",
-    _impl,
+    conv_wgrad_impl,
     _fake,
     conv_wgrad_flops,
 )
