@@ -242,7 +242,7 @@ class TraDyOptimizer(Optimizer, Joinable):
         """
         if world_size(self.process_group) == 1:
             return
-        slots = [slot for slot in self._all_slots() if slot.proxy.requires_grad]
+        slots = [slot for slot in self._all_slots() if slot.channels.numel()]
         if self._agreed != self.epoch and self.epoch is not None:
             check_agreement(self.plan.fingerprint, self.epoch, self.join_device, self.process_group)
             self._agreed = self.epoch

@@ -97,7 +97,7 @@ def test_reordered_channels_reorder_the_rows(generator):
     x, dy = conv.draw(2, 10, 9, generator)
     out = conv_wgrad(pixel_major(x, CHANNELS), dy, 5, *conv.geometry)
     flipped = conv_wgrad(pixel_major(x, CHANNELS[::-1]), dy, 5, *conv.geometry)
-    assert torch.equal(flipped, out.flip(0))
+    assert relative_error(flipped, out.flip(0).double()) <= FP32_SUM  # BLAS, below the interpreter, sums rows by place
 
 
 @pytest.mark.parametrize("K", [0, 1, 8, 12])
