@@ -42,7 +42,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[demo,dev,hf,lightning]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
@@ -51,7 +51,7 @@ $(VENV)/.bench: $(VENV)/.demo
 
 $(OLDEST)/.dev: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(INSTALL) "torch==2.11.0" "triton==3.6.0" -e ".[demo,dev]"
+	$(OLDEST)/bin/python $(INSTALL) "torch==2.11.0" "triton==3.6.0" -e ".[demo,dev,hf,lightning]"
 	touch $@
 
 clean:

@@ -73,7 +73,24 @@ def test_every_room_is_in_the_table():
         for path in (ROOT / "trady_triton").iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert rooms - {"app"} == set(ALLOWED)
+    assert rooms - {"app", "integrations"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("file", "packages"),
+    [
+        ("__init__", set()),
+        ("accelerate", {"torch", "accelerate"}),
+        ("hf", {"torch", "transformers"}),
+        ("hf_layers", {"torch", "transformers"}),
+        ("lightning", {"torch", "lightning"}),
+        ("rounds", set()),
+    ],
+)
+def test_an_integration_needs_the_core_and_its_package_alone(file, packages):
+    path = ROOT / "trady_triton" / "integrations" / f"{file}.py"
+    core = {"integrations", "nn", "optimizer", "policy", "sampling"}
+    assert imported(path) <= packages | core
 
 
 def test_benchmarks_build_on_the_library_and_models_and_not_on_the_app():

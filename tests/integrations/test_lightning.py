@@ -1,0 +1,122 @@
+"""Lightning: its Trainer with the callback."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("lightning", reason="lightning is not installed (extra lightning)")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from toys import toy_batches, toy_net, toy_plan
+
+from trady_triton import TraDyOptimizer, apply_plan
+from trady_triton.integrations.lightning import TraDyCallback
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = pytest.mark.filterwarnings("ignore")  # of few workers and missing loggers
+
+
+class Task(LightningModule):
+    """The toy network; `draws` holds the draw that each step was trained with."""
+
+    def __init__(self, plan, make=TraDyOptimizer):
+        super().__init__()
+        self.net = apply_plan(toy_net(), plan)
+        self.make = make
+        self.draws = []
+
+    def training_step(self, batch, index):
+        x, y = batch
+        self.draws.append(self.optimizers().optimizer.epoch)
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return self.make(self.net.parameters(), lr=0.1)
+
+
+def fit(task, every="epoch", ckpt_path=None, callbacks=(), **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=options.pop("max_epochs", 2),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        callbacks=[TraDyCallback(every), *callbacks],
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(toy_batches(6), batch_size=None)
+    trainer.fit(task, loader, ckpt_path=ckpt_path, **({"weights_only": True} if ckpt_path else {}))
+    return task
+
+
+def hand_written(plan, accumulate=1, clip=None):
+    net = apply_plan(toy_net(), plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
+    for epoch in range(2):
+        optimizer.resample(epoch)
+        batches = toy_batches(6)
+        for start in range(0, 6, accumulate):
+            optimizer.zero_grad()
+            for x, y in batches[start : start + accumulate]:
+                (F.cross_entropy(net(x), y) / accumulate).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+            optimizer.step()
+    return net
+
+
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}], ids=str)
+def test_a_fit_equals_a_loop_written_by_hand(options):
+    plan = toy_plan(toy_net())
+    task = fit(Task(plan), **options)
+    expected = hand_written(plan, options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val"))
+    assert task.draws == [0] * 6 + [1] * 6
+    for name, tensor in task.net.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
+
+
+def test_channels_are_drawn_by_step_and_not_inside_an_accumulation_window():
+    task = fit(Task(toy_plan(toy_net())), every=2, accumulate_grad_batches=2)
+    assert task.draws == [0] * 4 + [1] * 4 + [2] * 4  # 2 steps of 2 batches each
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step == 9:  # checkpoints are saved after other callbacks ran
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every", ["epoch", 5])
+def test_a_run_stopped_in_mid_epoch_trains_the_same_channels(tmp_path, every):
+    plan = toy_plan(toy_net())
+    whole = fit(Task(plan), every)
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(Task(plan), every, callbacks=[saved, Stop()])
+    resumed = fit(Task(plan), every, ckpt_path=tmp_path / "step=8.ckpt")
+    assert resumed.draws == whole.draws[8:]
+
+
+def test_another_optimizer_is_refused():
+    task = Task(toy_plan(toy_net()), make=torch.optim.SGD)
+    with pytest.raises(TypeError, match="optimizers SGD: wanted a TraDyOptimizer"):
+        fit(task)
+
+
+class DeepSpeedStrategy:
+    """By name, like the one whose package is not installed."""
+
+
+def test_deepspeed_is_refused_before_anything_runs():
+    trainer = type("T", (), {"strategy": DeepSpeedStrategy()})()
+    with pytest.raises(ValueError, match="strategy DeepSpeedStrategy"):
+        TraDyCallback().setup(trainer, None, "fit")
