@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import Attention
+from timm.models.efficientformer import Attention as EfficientFormerAttention
+from timm.models.efficientvit_mit import LiteMLA
 from timm.models.eva import EvaAttention
+from timm.models.maxxvit import Attention2d, AttentionCl
 from timm.models.swin_transformer import WindowAttention
 
 from trady_triton.nn.recompute import run_recomputed
@@ -36,3 +39,19 @@ class LeanEvaAttention(_Recomputable, EvaAttention):
 
 class LeanWindowAttention(_Recomputable, WindowAttention):
     """The window attention of Swin."""
+
+
+class LeanAttention2d(_Recomputable, Attention2d):
+    """The attention of CoAtNet over the pixels of an image [N, C, H, W]."""
+
+
+class LeanAttentionCl(_Recomputable, AttentionCl):
+    """The attention of MaxViT, channels last."""
+
+
+class LeanLiteMLA(_Recomputable, LiteMLA):
+    """The linear attention of EfficientViT."""
+
+
+class LeanEfficientFormerAttention(_Recomputable, EfficientFormerAttention):
+    """The attention of EfficientFormer, with a table of biases."""

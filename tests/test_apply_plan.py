@@ -11,7 +11,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 from toys import ToyNet, toy_batches, toy_net, toy_plan
 
-from trady_triton import TraDyOptimizer, apply_plan, make_plan, rank_layers, remove_plan
+from trady_triton import Policy, TraDyOptimizer, apply_plan, make_plan, rank_layers, remove_plan
 from trady_triton.cost import CostModel, measure_call
 from trady_triton.nn import LeanConv2d, LeanLinear
 from trady_triton.slot import find_slot
@@ -296,3 +296,14 @@ def test_inputs_without_a_batch_are_taken_as_torch_takes_them(name):
     y.sum().backward()
     assert single.grad.shape == single.shape
     assert net[0].bias.grad.shape == net[0].bias.shape
+
+
+def test_batch_norm_affine_trains_that_of_batchnorm_alone():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)
+    )
+    ranking = rank_layers(net.eval(), [(torch.randn(2, 3, 2, 2), torch.arange(2))], F.cross_entropy)
+    plan = make_plan(ranking, budget=200, policy=Policy(batch_norm="affine"))
+    apply_plan(net, plan)
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert trained == {"1.weight", "1.bias", "5.weight", "5.bias"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BATCH_NORM = ("eval", "train")
+BATCH_NORM = ("eval", "affine", "train")
 ACTIVATIONS = ("exact", 8, 2)
 ATTENTION = ("keep", "recompute")
 
@@ -14,8 +14,10 @@ class Policy:
     """How the frozen part of the network is treated. The default is exact and costs no second forward.
 
     Attributes:
-        batch_norm: "eval" normalises with the running statistics even in train mode and keeps nothing; "train" leaves
-            the mode to `model.train()`: the batch's own statistics, and every input kept.
+        batch_norm: "eval" normalises with the running statistics even in train mode and keeps nothing. "affine" does
+            so too and trains weight and bias, outside the budget, for which every input is kept, in 4 bytes an element
+            or, by `activations`, in one (`train_norm=True` does it to all kinds of normalisation). "train" leaves the
+            mode to `model.train()`: the batch's own statistics, and every input kept, in 4 bytes an element.
         activations: "exact" keeps what an exact derivative needs: a bit an element for ReLU and its kin, the input
             (4 or 2 bytes) for SiLU, GELU, Hardswish, LayerNorm and gates. 8 keeps one byte instead, an error of some
             0.3 % a layer. 2 keeps two bits of the derivative of SiLU, GELU and Hardswish and a byte elsewhere: an

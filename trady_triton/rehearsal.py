@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trady_triton.batch import Batch, Shape, call, device_of, emptied, made_to, num_samples, split
 from trady_triton.microbatch import backward_in_parts, casts, check_micro_batch
@@ -90,7 +91,19 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
         twin = copy.deepcopy(model, fakes)
         if hasattr(twin, "trady"):
             remove_plan(twin)
-        yield twin
+        with _WideStatistics():  # type: ignore[no-untyped-call]
+            yield twin
+
+
+class _WideStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives a fake LayerNorm's statistics the dtype of the CPU's own: under autocast that of the weight."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.native_layer_norm.default and args[0].is_cpu and args[2] is not None:
+            y, *statistics = out
+            return y, *(value.to(args[2].dtype) for value in statistics)
+        return out
 
 
 def fake_step(

@@ -9,6 +9,7 @@ import pytest
 import timm.layers
 import torch
 from kept import forward_backward, kept_bytes, lean_twin
+from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
@@ -32,6 +33,17 @@ NORMS = {
     "timm-layer-norm": (timm.layers.LayerNorm(7), 3 * 8 * 9),
     "layer-norm-2d": (timm.layers.LayerNorm2d(8), 3 * 9 * 7),
 }
+PACKED = {  # those that keep their input, with the rows of its code
+    "group-norm": (nn.GroupNorm(4, 8), 3 * 8),
+    "group-norm-plain": (nn.GroupNorm(2, 8, affine=False), 3 * 8),
+    "timm-group-norm": (timm.layers.GroupNorm(8, 2), 3 * 8),
+    "timm-group-norm-1": (timm.layers.GroupNorm1(8), 3 * 8),
+    "rms-norm": (nn.RMSNorm(7), 3 * 8 * 9),
+    "rms-norm-2": (nn.RMSNorm((9, 7), elementwise_affine=False), 3 * 8),
+    "timm-rms-norm": (timm.layers.RmsNorm(7), 3 * 8 * 9),
+    "response-norm": (GlobalResponseNorm(7), 3 * 7),
+    "response-norm-2d": (GlobalResponseNorm(8, channels_last=False), 3 * 8),
+}
 GATES = {
     "squeeze-excite": SqueezeExcite(8, rd_ratio=0.5),
     "se-module": timm.layers.SEModule(8, rd_channels=4),
@@ -39,6 +51,7 @@ GATES = {
 }
 each_smooth = pytest.mark.parametrize(("module", "scale", "gap"), SMOOTH.values(), ids=SMOOTH.keys())
 each_norm = pytest.mark.parametrize(("module", "rows"), NORMS.values(), ids=NORMS.keys())
+each_packed = pytest.mark.parametrize(("module", "rows"), PACKED.values(), ids=PACKED.keys())
 each_gate = pytest.mark.parametrize("module", GATES.values(), ids=GATES.keys())
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 
@@ -119,6 +132,61 @@ def test_layer_norm_with_a_trained_affine_is_exact(module):
     assert torch.equal(lean.weight.grad, plain.weight.grad)
 
 
+@each_packed
+@each_layout
+def test_packed_input_errs_little(module, rows, layout):
+    plain, x = ready(module), sample(memory_format=layout)
+    dy = torch.randn(X, dtype=torch.float64)
+    y, dx = forward_backward(plain, x, dy)
+    lean_y, lean_dx = forward_backward(lean_twin(plain, activations=8), x, dy)
+    assert torch.equal(lean_y, y)
+    assert 0 < (lean_dx - dx).norm() <= 0.01 * dx.norm()
+
+
+@each_packed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_input_is_a_byte_an_element_and_eight_a_row(module, rows, dtype):
+    lean, start = lean_twin(ready(module, dtype), activations=8), sample(dtype).requires_grad_() * 1
+    assert kept_bytes(lambda: lean(start), lean)[1] == COUNT + 8 * rows
+
+
+@pytest.mark.parametrize("module", [nn.GroupNorm(4, 8), nn.RMSNorm(7), GlobalResponseNorm(7)])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_a_trained_affine_of_packed_input_has_its_gradients(module, needs_dx):
+    plain, x = ready(module), sample().requires_grad_(needs_dx)
+    lean = lean_twin(plain, activations=8).requires_grad_(True)
+    dy = torch.randn(X, dtype=torch.float64)
+    lean(x).backward(dy)
+    plain(x).backward(dy)
+    for ours, theirs in zip(lean.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 0.01 * theirs.grad.norm()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+@pytest.mark.parametrize(("activations", "promised", "error"), [("exact", 4 * COUNT, 1e-6), (8, COUNT + 8 * 24, 0.01)])
+def test_a_trained_batchnorm_keeps_its_input_as_the_policy_says(kind, activations, promised, error):
+    plain = ready(kind(8), torch.float32)
+    nn.init.uniform_(plain.running_var, 0.5, 2.0)
+    if kind is timm.layers.BatchNormAct2d:
+        plain.act = nn.Identity()
+    lean = lean_twin(plain, batch_norm="affine", activations=activations).requires_grad_(True).train()
+    start, dy = sample(torch.float32).requires_grad_() * 1, torch.randn(X)
+    y, kept = kept_bytes(lambda: lean(start), lean)
+    expected = plain(start.detach())
+    assert torch.equal(y, expected)
+    assert kept == promised
+    y.backward(dy)
+    expected.backward(dy)
+    for ours, theirs in zip(lean.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= error * theirs.grad.norm()
+    assert lean.num_batches_tracked == 0
+
+
+def test_layer_scale_keeps_nothing_as_it_is():
+    module, start = timm.layers.LayerScale(7).requires_grad_(False), sample().requires_grad_() * 1
+    assert kept_bytes(lambda: module(start), module)[1] == 0
+
+
 @each_gate
 @each_layout
 def test_packed_gate_errs_little(module, layout):
@@ -139,7 +207,12 @@ def test_packed_gate_keeps_a_byte_an_element(module):
 
 
 @pytest.mark.parametrize(
-    "module", [*(m for m, *_ in SMOOTH.values()), *(m for m, _ in NORMS.values()), *GATES.values()]
+    "module",
+    [
+        *(m for m, *_ in SMOOTH.values()),
+        *(m for m, _ in (*NORMS.values(), *PACKED.values())),
+        *GATES.values(),
+    ],
 )
 def test_the_default_policy_is_exact(module):
     plain, x = ready(module), sample()
@@ -158,7 +231,9 @@ def test_packs_nothing_where_no_graph_is_built(module):
     assert (kept, y.requires_grad) == (0, False)
 
 
-@pytest.mark.parametrize("module", [nn.GELU(), nn.LayerNorm(7)])
+@pytest.mark.parametrize(
+    "module", [nn.GELU(), nn.LayerNorm(7), nn.GroupNorm(4, 8), GlobalResponseNorm(7), timm.layers.RmsNorm(7)]
+)
 def test_packed_modules_work_under_autocast(module):
     lean, plain = lean_twin(module, activations=8), module
     x, dy = sample(torch.bfloat16), torch.randn(X, dtype=torch.bfloat16)

@@ -15,7 +15,13 @@ PLAN = Plan({"a": LayerShape(4, 4, 9, 9, 9)}, ("a",), ("head",), 100, CostModel(
 
 @pytest.mark.parametrize(
     "policy",
-    [Policy(), Policy("eval", 8, "recompute", ("blocks.0", "blocks.1")), Policy("train"), Policy(activations=2)],
+    [
+        Policy(),
+        Policy("eval", 8, "recompute", ("blocks.0", "blocks.1")),
+        Policy("train"),
+        Policy("affine"),
+        Policy(activations=2),
+    ],
 )
 def test_a_saved_plan_comes_back_with_its_policy(policy, tmp_path):
     plan = replace(PLAN, policy=policy)

@@ -7,6 +7,7 @@ from trady_triton.nn.choose import blocks, choose_recompute
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.dropout import LeanDropout
+from trady_triton.nn.group_norm import LeanGroupNorm, LeanRMSNorm
 from trady_triton.nn.layer_norm import LeanLayerNorm
 from trady_triton.nn.linear import LeanLinear
 from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
@@ -27,6 +28,8 @@ register_lean(nn.SiLU, LeanSiLU)
 register_lean(nn.GELU, LeanGELU)
 register_lean(nn.Hardswish, LeanHardswish)
 register_lean(nn.LayerNorm, LeanLayerNorm)
+register_lean(nn.GroupNorm, LeanGroupNorm)
+register_lean(nn.RMSNorm, LeanRMSNorm)
 register_lean(nn.Dropout, LeanDropout)
 register_lean(nn.MaxPool2d, LeanMaxPool2d)
 register_lean(nn.AvgPool2d, LeanAvgPool2d)

@@ -125,8 +125,8 @@ def _trained_parameters(model: nn.Module, plan: Plan) -> set[int]:
     chosen = [parameter for name in plan.head for parameter in modules[name].parameters()]
     if plan.train_bias:
         chosen += [bias for name in plan.shapes if isinstance(bias := modules[name].bias, nn.Parameter)]
-    if plan.train_norm:
-        chosen += [p for module in modules.values() if isinstance(module, _NORM_TYPES) for p in module.parameters()]
+    norms = _NORM_TYPES if plan.train_norm else (_BatchNorm,) if plan.policy.batch_norm == "affine" else ()
+    chosen += [p for module in modules.values() if isinstance(module, norms) for p in module.parameters(recurse=False)]
     return {id(parameter) for parameter in chosen}
 
 

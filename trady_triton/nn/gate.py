@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.nn.graph import builds_graph
+from trady_triton.nn.packed import decode, encode
 from trady_triton.nn.parts import parts
 from trady_triton.policy import Policy
 
@@ -20,12 +21,7 @@ from trady_triton.policy import Policy
 class _PackedGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        code = torch.empty_like(x, dtype=torch.uint8)
-        low, step = (torch.empty(x.shape[:2], dtype=wide, device=x.device)[..., None, None] for _ in range(2))
-        for x_part, *outs in parts(x, code, low, step):
-            _encode(x_part.to(wide), *outs)
-        ctx.save_for_backward(code, low, step, gate)
+        ctx.save_for_backward(*encode(x, (2, 3)), gate)
         return x * gate
 
     @staticmethod
@@ -47,14 +43,6 @@ def gated(x: Tensor, gate: Tensor, policy: Policy) -> Tensor:
     return y
 
 
-def _encode(x: Tensor, code: Tensor, low: Tensor, step: Tensor) -> None:
-    low.copy_(x.amin((2, 3), keepdim=True))
-    span = x.amax((2, 3), keepdim=True).sub_(low).clamp_(min=torch.finfo(x.dtype).tiny)
-    step.copy_(span / 255)
-    code.copy_((x - low).div_(step).add_(0.5).clamp_(max=255))
-
-
 def _sum_product(dy: Tensor, code: Tensor, low: Tensor, step: Tensor) -> Tensor:
     """Sum over the pixels of dY * x, [N, C, 1, 1]."""
-    x = code.to(low.dtype).mul_(step).add_(low)
-    return x.mul_(dy).sum((2, 3), keepdim=True)
+    return decode(code, low, step).mul_(dy).sum((2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""BatchNorm on its running statistics with a frozen affine: a scale for each channel, which needs no input back."""
+"""BatchNorm on its running statistics: a scale for each channel, which needs no input back unless it is trained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.nn.graph import builds_graph, is_frozen
+from trady_triton.nn.packed import packed_call, planes
 from trady_triton.policy import Policy
 
 
@@ -50,7 +51,11 @@ def lean_batch_norm(module: _BatchNorm, x: Tensor, policy: Policy) -> Tensor | N
     if builds_graph(x) and is_frozen(module):
         y: Tensor = _FrozenBatchNorm.apply(x, mean, var, module.weight, module.bias, module.eps)
         return y
-    return F.batch_norm(x, mean, var, module.weight, module.bias, False, 0.0, module.eps)
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, module.eps)
+
+    return packed_call(run, x, planes(x), policy, module.weight, module.bias)
 
 
 class LeanBatchNorm1d(nn.BatchNorm1d):
