@@ -22,7 +22,8 @@ from trady_triton.models.attention import (
     LeanWindowAttention,
 )
 from trady_triton.models.gate import LeanEffectiveSEModule, LeanSEModule, LeanSqueezeExcite
-from trady_triton.models.layers import LeanConv2dSame
+from trady_triton.models.layers import LeanAvgPool2dSame, LeanConv2dSame
+from trady_triton.models.mlp import LeanGluMlp
 from trady_triton.models.norm import (
     LeanBatchNormAct2d,
     LeanGlobalResponseNorm,
@@ -36,6 +37,8 @@ from trady_triton.nn import register_lean
 
 LEAN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     timm.layers.Conv2dSame: LeanConv2dSame,
+    timm.layers.AvgPool2dSame: LeanAvgPool2dSame,
+    timm.layers.GluMlp: LeanGluMlp,
     timm.layers.BatchNormAct2d: LeanBatchNormAct2d,
     timm.layers.LayerNorm: LeanLayerNorm,
     timm.layers.LayerNorm2d: LeanLayerNorm2d,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from torch import nn
+from torch import Tensor, nn
 
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {}
 _taught: set[str] = set()
@@ -37,3 +37,10 @@ def lean_type(kind: type[nn.Module]) -> type[nn.Module] | None:
         lean = lean_type(kind.__mro__[2])
         return lean and type(f"FSDP{lean.__name__}", (kind, lean), {})
     return _LEAN.get(kind)
+
+
+def plain_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) by the type that it had before it became lean: what autograd keeps is torch's choice."""
+    plain = next((kind for kind, lean in _LEAN.items() if isinstance(module, lean)), None)
+    y: Tensor = module(x) if plain is None else plain.forward(module, x)
+    return y

@@ -95,14 +95,17 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
             yield twin
 
 
+_NORM_WEIGHTS = {torch.ops.aten.native_layer_norm.default: 2, torch.ops.aten.native_group_norm.default: 1}
+
+
 class _WideStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives a fake LayerNorm's statistics the dtype of the CPU's own: under autocast that of the weight."""
+    """Gives a fake LayerNorm's and GroupNorm's statistics the dtype of the CPU's own: that of the weight."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.native_layer_norm.default and args[0].is_cpu and args[2] is not None:
+        if func in _NORM_WEIGHTS and args[0].is_cpu and (weight := args[_NORM_WEIGHTS[func]]) is not None:
             y, *statistics = out
-            return y, *(value.to(args[2].dtype) for value in statistics)
+            return y, *(value.to(weight.dtype) for value in statistics)
         return out
 
 

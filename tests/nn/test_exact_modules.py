@@ -34,6 +34,7 @@ MODULES = {
     "maxpool-ceil": (nn.MaxPool2d(2, ceil_mode=True), HALF),
     "avgpool": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), 0),
     "avgpool-ceil": (nn.AvgPool2d(2, ceil_mode=True), 0),
+    "avgpool-same": (timm.layers.AvgPool2dSame(3, 2), 0),
     "dropout": (nn.Dropout(0.5), 0),
 }
 each_module = pytest.mark.parametrize(("module", "promised"), MODULES.values(), ids=MODULES.keys())

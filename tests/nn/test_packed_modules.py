@@ -182,6 +182,18 @@ def test_a_trained_batchnorm_keeps_its_input_as_the_policy_says(kind, activation
     assert lean.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("gate_last", [False, True])
+def test_a_gated_mlp_keeps_a_byte_of_what_its_halves_are_made_of(gate_last):
+    module = timm.layers.GluMlp(7, 16, act_layer=nn.SiLU, gate_last=gate_last)
+    plain, x = ready(module), sample()
+    y, dx = forward_backward(plain, x)
+    lean_y, lean_dx = forward_backward(lean_twin(plain, activations=8), x)
+    assert torch.equal(lean_y, y)
+    assert 0 < (lean_dx - dx).norm() <= 0.01 * dx.norm()
+    lean, start = lean_twin(ready(module, torch.float32), activations=8), sample(torch.float32).requires_grad_() * 1
+    assert kept_bytes(lambda: lean(start), lean)[1] == 3 * 8 * 9 * (16 + 8)
+
+
 def test_layer_scale_keeps_nothing_as_it_is():
     module, start = timm.layers.LayerScale(7).requires_grad_(False), sample().requires_grad_() * 1
     assert kept_bytes(lambda: module(start), module)[1] == 0

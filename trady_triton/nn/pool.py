@@ -56,6 +56,14 @@ class _AvgPool2d(torch.autograd.Function):
         return torch.ops.aten.avg_pool2d_backward(dy, x, *ctx.options), None
 
 
+def lean_avg_pool2d(module: nn.AvgPool2d, x: Tensor) -> Tensor:
+    """F.avg_pool2d of x [N, C, H, W] by the module, keeping nothing."""
+    sizes = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+    options = (*sizes, module.ceil_mode, module.count_include_pad, module.divisor_override)
+    y: Tensor = _AvgPool2d.apply(x, options) if builds_graph(x) else F.avg_pool2d(x, *options)
+    return y
+
+
 class LeanMaxPool2d(nn.MaxPool2d):
     """nn.MaxPool2d that keeps one byte an output, if its window has at most 256 places."""
 
@@ -74,11 +82,7 @@ class LeanAvgPool2d(nn.AvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [N, C, H, W] -> [N, C, P, Q]."""
-        if not builds_graph(input):
-            return super().forward(input)
-        sizes = _pair(self.kernel_size), _pair(self.stride), _pair(self.padding)
-        y: Tensor = _AvgPool2d.apply(input, (*sizes, self.ceil_mode, self.count_include_pad, self.divisor_override))
-        return y
+        return lean_avg_pool2d(self, input)
 
 
 def _offsets(indices: Tensor, width: int, window: Window) -> Tensor:
