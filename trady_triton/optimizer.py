@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
@@ -11,21 +13,21 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.optim import Optimizer
 
-from trady_triton.distributed import average_gradients_, check_agreement, world_size
+from trady_triton.distributed import Processes, StepsWithoutBatch
+from trady_triton.gradients import GradientWatch, clip_jointly_, missed_compact
+from trady_triton.options import check_group, check_whole, defaults_of, listed, tensors_in
 from trady_triton.plan import Plan
 from trady_triton.sampling import Scores, Selection
 from trady_triton.scores import ChannelScores
 from trady_triton.slot import ChannelSlot, find_pool, find_slot
 from trady_triton.states import (
-    ALGORITHMS,
-    STATE_POLICIES,
     State,
     carry_,
     check_saved,
+    check_saved_groups,
     fill_whole_state,
     load_,
     new_channel_state,
-    state_names,
     state_shapes,
 )
 from trady_triton.strict import StepMemory
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 class TraDyOptimizer(Optimizer, Joinable):
     """SGD or AdamW, as in torch.optim, for a model to which `apply_plan` was applied. The paper has plain SGD.
 
-    Call `resample(epoch)` at the start of every epoch, then step as usual. `param_groups` hold the tensors that have
-    gradients: the parameters that are trained whole (the head), and for each weight of the pool the proxy of its
-    compact gradient; so clipping over `param_groups`, schedulers and GradScaler see everything that is trained.
+    Call `resample(epoch)` at the start of every epoch, then step as usual; or let `step()` draw anew every so many
+    steps (`resample_every`). `param_groups` hold the tensors that have gradients: the parameters that are trained whole
+    (the head), and for each weight of the pool the proxy of its compact gradient; so clipping over `param_groups`,
+    schedulers and GradScaler see everything that is trained.
     Weight decay touches the drawn channels only; all other weights stay bit for bit what they are. Momentum and AdamW
     keep state for the drawn channels and for what is trained whole, and for nothing else; a plan in bytes must have
     counted it: `make_plan(..., optimizer="momentum")` or "adamw".
@@ -58,10 +61,15 @@ class TraDyOptimizer(Optimizer, Joinable):
         algorithm: "sgd" or "adamw".
         momentum, nesterov: of SGD.
         betas, eps: of AdamW.
-        process_group: whose processes train together; by default all, where torch.distributed is initialised.
         state_policy: what becomes of the drawn channels' state when channels are drawn anew. "carry" keeps that of
             channels that are drawn again and starts others from zero, with step counts of their own; "reset" starts
             all from zero. What is trained whole keeps its state.
+        resample_every: "epoch", at which the loop calls `resample(epoch)`; or a number of steps, after which `step()`
+            itself makes the next draw, of index 0, 1, ... A step that a GradScaler skips, or of learning rate 0,
+            counts for nothing.
+        max_grad_norm: clip the joint norm of all gradients in `step()`. For loops that clip over `model.parameters()`,
+            which lacks the compact gradients: what they have clipped is not clipped twice (with one process).
+        process_group: whose processes train together; by default all, where torch.distributed is initialised.
 
     Raises:
         ValueError: an option out of range; the algorithm keeps more state than the plan has counted; `strict` for a
@@ -85,33 +93,30 @@ class TraDyOptimizer(Optimizer, Joinable):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         state_policy: str = "carry",
+        resample_every: int | str = "epoch",
+        max_grad_norm: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         Joinable.__init__(self)
-        groups = _listed(params)
-        pool = next((found for item in _tensors(groups) if (found := find_pool(item)) is not None), None)
+        groups = listed(params)
+        pool = next((found for item in tensors_in(groups) if (found := find_pool(item)) is not None), None)
         plan = pool.plan if plan is None and pool is not None else plan
         if not isinstance(plan, Plan):
             raise TypeError(
                 f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model, and "
                 "the parameters lead to none"
             )
-        _check_choice("algorithm", algorithm, ALGORITHMS)
-        _check_choice("state_policy", state_policy, STATE_POLICIES)
-        if algorithm == "adamw" and (momentum or nesterov):
-            raise ValueError(f"momentum {momentum!r}, nesterov {nesterov!r}: are of SGD, AdamW has betas")
-        self.plan = plan
-        self.algorithm = algorithm
-        self.state_policy = state_policy
-        self.process_group = process_group
-        self._synchronized = False
-        self._agreed: int | None = None
+        check_whole(state_policy, resample_every, max_grad_norm)
+        options = defaults_of(algorithm, momentum, nesterov, betas, eps)
+        self.plan, self.algorithm = plan, algorithm
+        self.state_policy, self.resample_every, self.max_grad_norm = state_policy, resample_every, max_grad_norm
         self._slots: list[list[ChannelSlot]] = []
         self._scores = ChannelScores(plan)
         self._update_channels = ChannelUpdate(algorithm)
-        options = {"betas": betas, "eps": eps} if algorithm == "adamw" else {"momentum": momentum, "nesterov": nesterov}
-        defaults = {"lr": lr, "weight_decay": weight_decay, **options}
-        super().__init__(groups, {**defaults, "trady_epoch": -1, "trady_plan": plan.fingerprint})
+        self._processes, self._digest = Processes(process_group), ""
+        self._watch, self._warns = GradientWatch(weighs=max_grad_norm is not None), max_grad_norm is None
+        own = {"trady_plan": plan.fingerprint, "trady_every": resample_every, "trady_epoch": -1, "trady_steps": 0}
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **options, **own})
         if pool is not None:
             self._add_left_out(pool.slots)
         missing = set(plan.pool) - {slot.layer for slot in self._all_slots()}
@@ -124,16 +129,18 @@ class TraDyOptimizer(Optimizer, Joinable):
         assert pool is not None
         self._model = pool.model
         self.memory = StepMemory(plan, self.join_device, self._owned) if strict else None
+        if self.resample_every != "epoch":
+            self.resample()
 
     @property
     def epoch(self) -> int | None:
-        """The epoch whose channels are installed; None before the first `resample`."""
+        """The epoch, or the index of the draw, whose channels are installed; None before the first `resample`."""
         epoch = self.param_groups[0]["trady_epoch"]
         return None if epoch < 0 else epoch
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters; their proxies take the place of the frozen weights."""
-        self._check_options({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group}, self.algorithm, self.plan.cost)
         params = param_group["params"]
         given = [params] if isinstance(params, Tensor) else list(params)
         named = [item if isinstance(item, tuple) else (None, item) for item in given]
@@ -145,11 +152,15 @@ class TraDyOptimizer(Optimizer, Joinable):
         super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
         self._slots.append(slots)
         self._fill_states()
+        for _, parameter in named:
+            if parameter.requires_grad:
+                self._watch.follow(parameter)
 
     def resample(self, epoch: int | None = None, scores: Scores | None = None) -> Selection:
         """Draw the channels of an epoch and install them; without an argument, of the next epoch.
 
-        Asking for the installed epoch again changes nothing (but follows a model that was moved).
+        Asking for the installed epoch again changes nothing (but follows a model that was moved). Where `step()` draws,
+        `resample()` without an argument only does that.
 
         Args:
             epoch: from 0.
@@ -160,9 +171,14 @@ class TraDyOptimizer(Optimizer, Joinable):
             the channels: layer name -> ids, as `plan.sample(epoch, scores)`.
 
         Raises:
-            ValueError: the sampler needs scores and got none, or they do not fit the layers.
+            ValueError: the sampler needs scores and got none, or they do not fit the layers; or an epoch was given
+                where `step()` draws.
             RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
         """
+        if self.resample_every != "epoch":
+            if epoch is not None:
+                raise ValueError(f"epoch {epoch}: channels are drawn by step(), every {self.resample_every} steps")
+            epoch = self.param_groups[0]["trady_steps"] // self.resample_every
         epoch = (-1 if self.epoch is None else self.epoch) + 1 if epoch is None else epoch
         is_new = epoch != self.epoch
         found = self._scores.following(self._all_slots(), scores) if is_new else self._scores.kept
@@ -213,21 +229,37 @@ class TraDyOptimizer(Optimizer, Joinable):
             raise RuntimeError("no channels are drawn: call optimizer.resample(epoch) at the start of every epoch")
         if self.memory is not None:
             self.memory.check()
-        self._check_synchronized()
-        if not self._synchronized:
-            self.synchronize()
-        if not self._found_inf():
+        counts = any(float(group["lr"]) != 0 for group in self.param_groups)
+        steps = self.param_groups[0]["trady_steps"] + counts
+        draws = self.resample_every != "epoch" and steps // self.resample_every != self.epoch
+        if draws:
+            self._check_not_waiting()
+        if self._processes.count > 1:
+            used = hasattr(self, "found_inf") or self._watch.changes(self._proxies()) > 0
+            if self._processes.must_average(self._all_slots(), used):
+                self.synchronize()
+        is_applied = not self._found_inf()
+        if is_applied:
             self._unscale()
+            self._clip()
             self._scores.see(self._all_slots())
             self._update()
         for slot in self._all_slots():
             slot.draw.unapplied = False
-        self._synchronized = False
+        self._processes.forget()
+        if is_applied:
+            self._count(steps)
+            if draws:
+                self.resample()
+
+    def _count(self, steps: int) -> None:
+        for group in self.param_groups:
+            group["trady_steps"] = steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim, compact gradients included."""
         super().zero_grad(set_to_none)
-        self._synchronized = False
+        self._processes.forget()
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -240,23 +272,28 @@ class TraDyOptimizer(Optimizer, Joinable):
         Raises:
             RuntimeError: the processes run different plans or epochs.
         """
-        if world_size(self.process_group) == 1:
-            return
-        slots = [slot for slot in self._all_slots() if slot.channels.numel()]
-        if self._agreed != self.epoch and self.epoch is not None:
-            check_agreement(self.plan.fingerprint, self.epoch, self.join_device, self.process_group)
-            self._agreed = self.epoch
-        average_gradients_([slot.proxy for slot in slots], self.process_group)
-        for slot in slots:
-            slot.draw.averaged = True
-        self._synchronized = True
+        if self._processes.count > 1 and self.epoch is not None:
+            name = f"epoch {self.epoch} of plan {self.plan.fingerprint}"
+            self._processes.average(self._all_slots(), self._digest, name)
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """What a process does that ran out of batches, inside torch's `with Join([model, optimizer]):`.
 
-        It takes part in every step with no gradient of its own.
+        It takes part in every step with no gradient of its own, and gets its states from a process that had batches to
+        the end, as the model gets its weights.
         """
-        return _StepWithoutBatch(self)
+
+        @torch.no_grad()
+        def step() -> None:
+            self.zero_grad()
+            self._take_step()
+
+        @torch.no_grad()
+        def finish(is_last_joiner: bool) -> None:
+            states = [value for state in self.state.values() for value in state.values()]
+            self._processes.copy_from_last(states, self.join_device, is_last_joiner)
+
+        return StepsWithoutBatch(step, finish)
 
     @property
     def join_device(self) -> torch.device:
@@ -267,7 +304,7 @@ class TraDyOptimizer(Optimizer, Joinable):
     @property
     def join_process_group(self) -> Any:
         """The processes that train together."""
-        return self.process_group or torch.distributed.group.WORLD
+        return self._processes.group or torch.distributed.group.WORLD
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, and the states: `trady_state` of each group, by layer and by position of a whole parameter.
@@ -292,7 +329,7 @@ class TraDyOptimizer(Optimizer, Joinable):
             ValueError: the state belongs to another plan, algorithm, or other groups. Nothing is changed then.
         """
         groups = state_dict["param_groups"]
-        self._check_saved_groups(groups)
+        check_saved_groups(groups, self.param_groups, [len(parameters) for _, parameters in self._whole()])
         self._check_idle()
         epoch = groups[0]["trady_epoch"]
         scores = groups[0].get("trady_scores", {})
@@ -386,35 +423,11 @@ class TraDyOptimizer(Optimizer, Joinable):
                 if carries:
                     carry_(state, slot.channels, old, old_channels)
                 self.state[slot.proxy] = state
+                self._watch.follow(slot.proxy)
             group["params"][len(group["params"]) - len(slots) :] = [slot.proxy for slot in slots]
             group["trady_epoch"] = epoch
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for a number out of range, or states that the plan has not counted."""
-        for name in ("lr", "weight_decay", "momentum", "eps"):
-            if not float(options.get(name, 0.0)) >= 0:
-                raise ValueError(f"{name} {options[name]!r}: wanted a number of at least 0")
-        if not all(0 <= beta < 1 for beta in options.get("betas", ())):
-            raise ValueError(f"betas {options['betas']!r}: wanted two numbers in [0, 1)")
-        if options.get("nesterov") and not options["momentum"]:
-            raise ValueError("nesterov: wanted a momentum above 0")
-        states, cost = len(state_names(self.algorithm, options)), self.plan.cost
-        if cost.unit == "bytes" and states > cost.states:
-            kind = "adamw" if self.algorithm == "adamw" else "momentum"
-            raise ValueError(
-                f"{kind} keeps {states} states of every drawn weight, the plan's budget counts {cost.states}: make the "
-                f"plan with optimizer={kind!r}"
-            )
-
-    def _check_saved_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        found = {group.get("trady_plan") for group in groups}
-        if found != {self.plan.fingerprint}:
-            raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {self.plan.fingerprint}")
-        if any(("betas" in group) != (self.algorithm == "adamw") for group in groups):
-            raise ValueError(f"the state belongs to another algorithm than {self.algorithm!r}")
-        wanted, sizes = [len(parameters) for _, parameters in self._whole()], [len(g["params"]) for g in groups]
-        if sizes != wanted:
-            raise ValueError(f"the state has groups of {sizes} parameters trained whole, this optimizer of {wanted}")
+        drawn = sorted((slot.layer, tuple(channels.get(slot.layer, ()))) for slot in self._all_slots())
+        self._digest = hashlib.sha256(repr((self.plan.fingerprint, epoch, drawn)).encode()).hexdigest()
 
     def _check_saved_states(
         self, groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, State]], channels: Mapping[str, Any]
@@ -438,32 +451,21 @@ class TraDyOptimizer(Optimizer, Joinable):
                 )
 
     def _check_idle(self) -> None:
+        self._check_not_waiting()
         for slot in self._all_slots():
-            if slot.is_waiting:
-                raise RuntimeError(
-                    f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, before "
-                    "channels are drawn anew"
-                )
             if slot.is_pending:
                 raise RuntimeError(
                     f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before channels are "
                     "drawn anew"
                 )
 
-    def _check_synchronized(self) -> None:
-        """Raises RuntimeError where the ranks' own gradients were used as if they were the averages."""
-        if world_size(self.process_group) == 1:
-            return
-        own = [slot for slot in self._all_slots() if slot.is_pending and not slot.draw.averaged]
-        if self._synchronized and own:
-            raise RuntimeError("a backward ran after synchronize(): call it again, in every process, before step()")
-        changed = any(slot.proxy.grad._version != slot.draw.version for slot in own)  # type: ignore[union-attr]
-        if changed or (not self._synchronized and hasattr(self, "found_inf")):
-            raise RuntimeError(
-                "compact gradients were clipped, unscaled or searched for infinities before they were averaged over "
-                "the processes: call optimizer.synchronize() after the last backward, before clip_grad_norm_ and "
-                "before a GradScaler's unscale_ and step"
-            )
+    def _check_not_waiting(self) -> None:
+        for slot in self._all_slots():
+            if slot.is_waiting:
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, before "
+                    "channels are drawn anew"
+                )
 
     def _found_inf(self) -> bool:
         """Whether a GradScaler, which sets `found_inf` around step(), saw a gradient that is not finite."""
@@ -479,44 +481,25 @@ class TraDyOptimizer(Optimizer, Joinable):
             if grad is not None:
                 grad.div_(scale.to(grad.device))
 
+    def _clip(self) -> None:
+        """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""
+        whole = [parameter for _, parameters in self._whole() for parameter in parameters]
+        # Where processes train together, whole gradients change after the backward by being averaged.
+        watch = self._watch if self._processes.count == 1 else None
+        if self.max_grad_norm is not None:
+            clip_jointly_(whole, self._proxies(), self.max_grad_norm, watch)
+        elif self._warns and watch is not None and missed_compact(watch, whole, self._proxies()):
+            self._warns = False
+            warnings.warn(
+                "gradients of the parameters that are trained whole were changed after the backward, as by "
+                "clip_grad_norm_(model.parameters(), ...), and those of the drawn channels were not: clip over the "
+                "tensors of optimizer.param_groups, or give the optimizer max_grad_norm",
+                stacklevel=6,
+            )
 
-class _StepWithoutBatch(JoinHook):
-    """A step of a process that has no more batches: the others' compact gradients, averaged with zeros."""
-
-    def __init__(self, optimizer: TraDyOptimizer) -> None:
-        self.optimizer = optimizer
-
-    @torch.no_grad()
-    def main_hook(self) -> None:
-        self.optimizer.zero_grad()
-        self.optimizer._take_step()
-
-
-def _listed(params: Iterable[Any]) -> list[Any]:
-    """Parameters or groups, with lists in place of iterators that could be read only once."""
-    if isinstance(params, Tensor):
-        raise TypeError("params is a Tensor: wanted an iterable of parameters or of groups")
-    return [
-        {**item, "params": list(item["params"])}
-        if isinstance(item, dict) and not isinstance(item["params"], Tensor)
-        else item
-        for item in params
-    ]
-
-
-def _tensors(groups: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor in parameters, named parameters or groups."""
-    for item in groups:
-        if isinstance(item, dict):
-            yield from _tensors([item["params"]] if isinstance(item["params"], Tensor) else item["params"])
-        else:
-            yield item[1] if isinstance(item, tuple) else item
+    def _proxies(self) -> list[Tensor]:
+        return [slot.proxy for slot in self._all_slots()]
 
 
 def _proxy_name(slot: ChannelSlot) -> str:
     return f"{slot.layer}.weight[:, channels]"
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r}: wanted one of {', '.join(choices)}")

@@ -47,9 +47,8 @@ class Ticket:
 class Draw:
     """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient.
 
-    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `version` is
-    that of the gradient when the last backward had added to it: a higher one means that somebody changed it since.
-    `averaged` tells whether the gradient is the mean over the processes that train together. `factor`, [K, 1] or
+    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `averaged`
+    tells whether the gradient is the mean over the processes that train together. `factor`, [K, 1] or
     [K, O/G], multiplies the gradient in the update; None leaves it as it is.
     """
 
@@ -59,7 +58,6 @@ class Draw:
         self.factor = factor
         self.replaced = False
         self.unapplied = False
-        self.version = 0
         self.averaged = False
         # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
         proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
@@ -78,7 +76,6 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
         return
     draw.unapplied = True
     draw.averaged = False
-    draw.version = 0 if proxy.grad is None else proxy.grad._version
 
 
 class ChannelSlot:

@@ -8,7 +8,7 @@ channel, [K] float32 on the CPU: its bias correction is that of the channel's ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,22 @@ def load_(state: State, saved: Mapping[str, Tensor]) -> None:
     """Fill a state with saved values, which keep their precision: nothing passes through the parameter's dtype."""
     for name, value in state.items():
         value.copy_(saved[name])
+
+
+def check_saved_groups(
+    saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], sizes: Sequence[int]
+) -> None:
+    """Raises ValueError where the groups of a state_dict are of another plan, rule or size; sizes: trained whole."""
+    found, plan = {group.get("trady_plan") for group in saved}, own[0]["trady_plan"]
+    if found != {plan}:
+        raise ValueError(f"the state belongs to plan {found}, this optimizer runs plan {plan}")
+    if any(("betas" in group) != ("betas" in own[0]) for group in saved):
+        raise ValueError(f"the state belongs to another algorithm than {'adamw' if 'betas' in own[0] else 'sgd'!r}")
+    if any(group.get("trady_every") != own[0]["trady_every"] for group in saved):
+        every = [group.get("trady_every") for group in saved]
+        raise ValueError(f"the state was drawn anew every {every}, this optimizer has {own[0]['trady_every']!r}")
+    if list(sizes) != (found_sizes := [len(group["params"]) for group in saved]):
+        raise ValueError(f"the state has groups of {found_sizes} parameters trained whole, this optimizer of {sizes}")
 
 
 def check_saved(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor], name: str) -> None:
