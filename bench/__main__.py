@@ -1,4 +1,4 @@
-"""`make bench`: everything of a mode, one benchmark after another, and the report."""
+"""`make bench`: the benchmarks of a mode, one after another, then the report and the tables of the README."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from trady_triton.bench import bench_step
-from trady_triton.bench.config import RESULTS, nets_of
-from trady_triton.bench.tables import show_steps
+from trady_triton.bench import bench_memory, bench_pareto, bench_step, ops_table, report
+from trady_triton.bench.config import RESULTS, device_of, results_folder, settings
+from trady_triton.bench.equal_memory import show_verdicts
+from trady_triton.bench.readme import fill
+from trady_triton.bench.tables import wide_console
+
+README = Path("README.md")
 
 
 def main(
     mode: Annotated[str, typer.Option(help="cpu, quick or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
-    """Measure whole steps."""
-    console = Console()
-    store = bench_step.run(mode, 8.0, out, console)
-    for net in nets_of(mode):
-        show_steps(console, [row for row in store.rows.values() if row["net"] == net.name])
+    """Measure whole steps, the equal-memory view and the kernels. What was measured before is not run again."""
+    console, content, folder = wide_console(), settings(mode), results_folder(mode, out)
+    if mode != "quick":
+        bench_memory.run(out, console)
+    steps = bench_step.run(mode, content["minutes"]["step"], out, console)
+    pareto = bench_pareto.run(mode, content["minutes"]["pareto"], out, console)
+    ops_table.run(folder, device_of(mode), content["ops_batch"])
+    bench_step.show(steps, mode, console)
+    show_verdicts(console, list(pareto.rows.values()))
+    console.print(f"report: {report.write(folder)}", highlight=False)
+    if mode != "quick" and README.exists() and out == RESULTS and fill(README, out):
+        console.print(f"{README}: tables written", highlight=False)
 
 
 if __name__ == "__main__":

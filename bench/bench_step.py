@@ -12,7 +12,7 @@ from trady_triton.bench.config import RESULTS, device_of, nets_of, results_folde
 from trady_triton.bench.methods import METHODS
 from trady_triton.bench.runner import Case, Runner
 from trady_triton.bench.store import Store
-from trady_triton.bench.tables import show_steps
+from trady_triton.bench.tables import show_steps, wide_console
 
 LEFT_OUT = "left out on this net: it compiles for minutes; settings.json says where it runs"
 
@@ -42,16 +42,20 @@ def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None 
     return store
 
 
+def show(store: Store, mode: str, console: Console) -> None:
+    """Print the tables, net by net."""
+    for net in nets_of(mode):
+        show_steps(console, [row for row in store.rows.values() if row["net"] == net.name])
+
+
 def main(
     mode: Annotated[str, typer.Option(help="cpu, quick or cuda.")] = "cpu",
     minutes: Annotated[float, typer.Option(help="Cases that do not start before are left for the next run.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure whole training steps."""
-    console = Console()
-    store = run(mode, minutes, out, console)
-    for net in nets_of(mode):
-        show_steps(console, [row for row in store.rows.values() if row["net"] == net.name])
+    console = wide_console()
+    show(run(mode, minutes, out, console), mode, console)
 
 
 if __name__ == "__main__":

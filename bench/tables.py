@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def gate_cell(gate: Row) -> str:
     if gate["working_error"] is not None:
         return f"gradient off by {gate['working_error']:.0%}"
     return f"{gate['error']:.0e}" if gate["error"] else "0"
+
+
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, lines are long enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 170)
 
 
 def show_steps(console: Console, rows: Sequence[Row]) -> None:

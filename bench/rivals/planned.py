@@ -38,8 +38,7 @@ def last_blocks(model: nn.Module, setup: Setup) -> Training:
     """All weights of the last blocks, on lean layers: the strongest cheap rival."""
     top = set(setup.top(model, setup.last_blocks))
     layers = [layer.name for layer in setup.ranking.layers if layer.name in top]
-    plan = setup.plan("1024GiB", layers=layers)
-    return under(choose_recompute(plan, model, setup.input_shape), model, setup)
+    return under(setup.plan("1024GiB", layers=layers), model, setup)
 
 
 def su_static(model: nn.Module, setup: Setup) -> Training:
