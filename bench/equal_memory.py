@@ -94,6 +94,22 @@ def verdict_table(rows: Sequence[Row]) -> str:
     )
 
 
+def summary(rows: Sequence[Row], factors: Sequence[float] = (1.0, 1.25, 1.5, 2.0)) -> str:
+    """Markdown, a row a net: the smallest peaks, and the times at some multiples of TraDy's smallest peak."""
+    columns = ("net, batch, px", "smallest peak, MiB: TraDy", "dense pool", "last 2 blocks",
+               *(f"time at {factor:g}x: TraDy / dense pool / last 2 blocks" for factor in factors))  # fmt: skip
+    lines = []
+    for net in dict.fromkeys(row["net"] for row in rows):
+        sides = [points((row for row in rows if row["net"] == net), side) for side in (TRADY, DENSE, LAST)]
+        least = [min((row["peak_bytes"] for row in side), default=None) for side in sides]
+        if least[0] is None:
+            continue
+        times = [[fastest(side, int(factor * least[0])) for side in sides] for factor in factors]
+        cells = [" / ".join("-" if row is None else f"{row['ratio']:.2f}" for row in at) for at in times]
+        lines.append((f"{net}, {sides[0][0]['batch']}, {sides[0][0]['image_size']}", *map(mib, least), *cells))
+    return markdown(columns, lines)
+
+
 def show_verdicts(console: Console, rows: Sequence[Row]) -> None:
     """Print the table."""
     console.print(verdict_table(rows), highlight=False, soft_wrap=True, markup=False)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trady_triton.bench.bench_memory import memory_table
+from trady_triton.bench.equal_memory import summary
+from trady_triton.bench.methods import METHODS
 from trady_triton.bench.store import KIND, Row
-from trady_triton.bench.tables import markdown, mib, short
+from trady_triton.bench.tables import markdown, mib, origin, short
 from trady_triton.serial import read_json
 
 _BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
@@ -26,10 +28,32 @@ def demo_table(content: Row) -> str:
     return markdown(columns, rows)
 
 
-# Marker -> (file below bench/results, its format, table)
-TABLES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
-    "memory": ("memory.json", KIND, lambda content: memory_table(list(content["cases"].values()))),
-    "demo": ("demo.json", "demo", demo_table),
+def steps_table(content: Row) -> str:
+    """Peak and time of a step, a row a net, of the methods that matter most."""
+    chosen = ("full", "full-ckpt", "pool", "pool-ckpt", "last", "last-lean", "lora", "trady-lean", "trady")
+    columns = ("net, batch, px", *(METHODS[name].label for name in chosen), "inference peak")
+    rows = []
+    for net in dict.fromkeys(row["net"] for row in content["cases"].values()):
+        found = {name: content["cases"].get(f"{net}/{name}", {"status": "missing"}) for name in chosen}
+        first = next(row for row in content["cases"].values() if row["net"] == net)
+        floor = next((mib(row["inference_bytes"]) for row in found.values() if row["status"] == "ok"), "-")
+        cells = [f"{mib(row['peak_bytes'])}, {row['ratio']:.2f}" if row["status"] == "ok" else "-"
+                 for row in found.values()]  # fmt: skip
+        rows.append((f"{net}, {first['batch']}, {first['image_size']}", *cells, floor))
+    return markdown(columns, rows)
+
+
+def _each_device(table: Callable[[Row], str]) -> Callable[[list[Row]], str]:
+    """The table of every device, each under the line that says where its numbers come from."""
+    return lambda contents: "\n\n".join(f"{origin(content)}\n\n{table(content)}" for content in contents)
+
+
+# Marker -> (pattern of files below bench/results, their format, table of their contents)
+TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
+    "memory": ("memory.json", KIND, lambda contents: memory_table(list(contents[0]["cases"].values()))),
+    "demo": ("demo.json", "demo", lambda contents: demo_table(contents[0])),
+    "steps": ("*/step.json", KIND, _each_device(steps_table)),
+    "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
 }
 
 
@@ -44,12 +68,16 @@ def filled(text: str, results: Path) -> str:
         name = match[1]
         if name not in TABLES:
             raise ValueError(f"marker bench:{name}: wanted one of {', '.join(TABLES)}")
-        file, kind, make = TABLES[name]
-        if not (results / file).exists():
-            return match[0]
-        return f"<!-- bench:{name} -->\n{make(read_json(results / file, kind))}\n<!-- /bench -->"
+        _, kind, make = TABLES[name]
+        contents = [read_json(path, kind) for path in sources(name, results)]
+        return f"<!-- bench:{name} -->\n\n{make(contents)}\n\n<!-- /bench -->" if contents else match[0]
 
     return _BLOCK.sub(table, text)
+
+
+def sources(name: str, results: Path) -> list[Path]:
+    """The files of results that a table is made from; those of quick runs are not shown."""
+    return sorted(path for path in results.glob(TABLES[name][0]) if not path.parent.name.endswith("-quick"))
 
 
 def fill(path: Path, results: Path) -> bool:

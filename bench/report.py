@@ -13,7 +13,7 @@ from trady_triton.bench.equal_memory import TIE, front, points, verdict_table, v
 from trady_triton.bench.plots import plot_pareto
 from trady_triton.bench.readme import fill
 from trady_triton.bench.store import KIND
-from trady_triton.bench.tables import STEP_COLUMNS, Row, markdown, step_cells, why_not
+from trady_triton.bench.tables import STEP_COLUMNS, Row, markdown, origin, step_cells, why_not
 from trady_triton.serial import read_json
 
 HOW_TO_READ = """Memory is beyond the net's own weights and the batch: B_mem is the budget of the plan (compact stores \
@@ -23,11 +23,12 @@ gradients, which no training step undercuts. "Predicted" stands after what it pr
 tensors before the step ran. Time is the median of steps over the median of full fine-tuning's, both run in turn in \
 one process. The last column is the gate: the relative error of the gradients of all that is trained, against plain \
 PyTorch in float64 (optimizers: float32); a method that fails it shows no speed."""
-ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from 1 to the batch; times are ratios to full fine-tuning of \
-the whole batch. The table takes every peak between the smallest in which TraDy works and twice that, wherever an answer changes, \
-and shows the fastest way within it: TraDy, the same pool of layers trained dense (with or without timm \
-checkpointing), the last two blocks. Differences below {TIE:.0%} count as a tie. With BatchNorm, full fine- \
-tuning in micro-batches is another computation, as its statistics are those of the part."""
+ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from 1 to the batch; times are ratios to full \
+fine-tuning of the whole batch. The table takes every peak between the smallest in which TraDy works and twice \
+that, wherever an answer changes, and shows the fastest way within it: TraDy, the same pool of layers trained \
+dense (with or without timm checkpointing), the last two blocks. Differences below {TIE:.0%} count as a tie. \
+With BatchNorm, full fine- tuning in micro-batches is another computation, as its statistics are those of the \
+part."""
 
 
 def report(folder: Path) -> str:
@@ -45,13 +46,8 @@ def report(folder: Path) -> str:
 
 
 def _heading(content: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items() if number)
-    noise = "" if content["load"] <= content["threads"] else (
-        f" **The machine was busy with other work (load {content['load']}): bytes, FLOPs and gates are exact all the "
-        "same, times are noisy.**"
-    )  # fmt: skip
-    return (f"# {content['device']}\n\n{content['date']}, commit {content['commit']}, {content['threads']} threads; "
-            f"{versions}.{noise}")  # fmt: skip
+    packages = [f"{name} {number}" for name, number in content["versions"].items() if number]
+    return f"# {content['device']}\n\n{origin(content)} Packages: {', '.join(packages)}."
 
 
 def _steps(content: dict[str, Any], folder: Path) -> str:

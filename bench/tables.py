@@ -76,6 +76,18 @@ def step_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def origin(content: Row) -> str:
+    """Device, versions, commit and date of results, and a warning where other work disturbed the times."""
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items()
+                         if number and name in ("torch", "timm", "triton"))  # fmt: skip
+    busy = "" if content["load"] <= content["threads"] + 1 else (
+        f" **Other work ran on the machine (load {content['load']}): bytes, FLOPs and gates are exact all the same, "
+        "times are noisy.**"
+    )  # fmt: skip
+    return (f"{content['device']}, {content['threads']} threads, {versions}, commit {content['commit']}, "
+            f"{content['date']}.{busy}")  # fmt: skip
+
+
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from trady_triton.bench.equal_memory import front, verdict_table, verdicts
-from trady_triton.bench.readme import TABLES, filled
+from trady_triton.bench.readme import TABLES, filled, sources
 from trady_triton.bench.report import report, write
 from trady_triton.bench.store import Store
 from trady_triton.bench.tables import step_cells
@@ -122,7 +123,7 @@ def test_tables_between_markers_are_made_from_results_and_the_rest_stays(tmp_pat
 
 
 def test_an_unknown_marker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="marker bench:speed: wanted one of memory, demo"):
+    with pytest.raises(ValueError, match="marker bench:speed: wanted one of memory, demo, steps, equal_memory"):
         filled("<!-- bench:speed -->\n<!-- /bench -->", tmp_path)
 
 
@@ -134,6 +135,18 @@ def test_tables_of_the_readme_agree_with_the_results(file: str) -> None:
 
 def test_every_table_that_has_results_stands_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for name, (path, _, _) in TABLES.items():
-        if (ROOT / "bench" / "results" / path).exists():
+    for name in TABLES:
+        if sources(name, ROOT / "bench" / "results"):
             assert f"<!-- bench:{name} -->" in text
+
+
+def test_readme_tables_of_devices_say_where_they_come_from_and_leave_quick_runs_out(folder: Path) -> None:
+    for name in ("amd", "amd-quick"):
+        (folder / name).mkdir()
+        for kind in ("step", "pareto"):
+            (folder / name / f"{kind}.json").write_bytes((folder / f"{kind}.json").read_bytes())
+    for name in ("steps", "equal_memory"):
+        new = filled(f"<!-- bench:{name} -->\n<!-- /bench -->", folder)
+        assert new.count("| net, 8, 32 |") == 1
+        assert f"torch {torch.__version__.partition('+')[0]}" in new
+    assert "| 10.0 | 11.0 | 15.0 | 0.80 / - / - | 0.60 / 0.90 / - | 0.60 / 0.90 / 0.30 | 0.50 / 0.49 / 0.30 |" in new
