@@ -6,6 +6,7 @@ from trady_triton.models import lean_types as lean_types  # teaches timm's layer
 from trady_triton.models import optim as optim  # registers the optimizer with timm
 from trady_triton.models import paper_nets as paper_nets  # registers the nets with timm
 from trady_triton.models.schemes import su_layers
+from trady_triton.models.shipped import how_made, ranking_for
 from trady_triton.models.weights import load_folded_weights
 
-__all__ = ["create_model", "list_models", "load_folded_weights", "su_layers"]
+__all__ = ["create_model", "how_made", "list_models", "load_folded_weights", "ranking_for", "su_layers"]

@@ -30,6 +30,24 @@ SCHEMES: dict[str, dict[str, tuple[tuple[int, ...], tuple[float, ...]]]] = {
 }
 
 
+# The paper's budgets in elements, each that of a scheme as the paper counts it (depthwise channels at one weight).
+BUDGETS: dict[str, dict[int, str]] = {
+    "mobilenetv2_w035": {27_946: "s1", 66_592: "s3", 93_696: "s5"},
+    "mcunet_in1": {15_936: "s1", 64_832: "s3", 112_640: "s5"},
+    "proxylessnas_w03": {25_984: "s1", 72_960: "s3", 101_376: "s5"},
+}
+
+
+def scheme_of_budget(net_name: str, budget: object) -> str:
+    """Name of the scheme from which the paper took a budget. Raises ValueError where it took it from none."""
+    known = BUDGETS.get(net_name, {})
+    if budget not in known:
+        raise ValueError(
+            f"net {net_name!r} has no Sparse Update scheme of {budget} elements; known: {', '.join(map(str, known))}"
+        )
+    return known[budget]  # type: ignore[index]
+
+
 def su_layers(net_name: str, scheme: str) -> dict[str, float]:
     """Ratio of input channels that a scheme trains, by module name, in order of call; layers of ratio 0 are left out.
 

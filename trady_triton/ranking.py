@@ -72,13 +72,18 @@ class Ranking:
         """
         content = read_json(path, "ranking")
         try:
-            layers = tuple(
-                LayerNorms(layer["name"], LayerShape.from_dict(layer["shape"]), tuple(layer["norms"]))
-                for layer in content["layers"]
-            )
-            return cls(layers, tuple(content["head"]), content["steps"])
+            return cls.from_dict(content)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: the ranking is damaged ({error!r})") from error
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Ranking:
+        """Rebuild from `dataclasses.asdict`, whose tuples JSON has turned into lists; more keys are passed over."""
+        layers = tuple(
+            LayerNorms(layer["name"], LayerShape.from_dict(layer["shape"]), tuple(layer["norms"]))
+            for layer in content["layers"]
+        )
+        return cls(layers, tuple(content["head"]), content["steps"])
 
     def table(self, cost: CostModel | None = None) -> str:
         """The layers in rank order as text: channels, cost of one, RGN, its share of the whole and the running sum."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,8 +194,10 @@ def _state_kept(optimizer: Optimizer) -> Iterator[None]:
         parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
         for parameter, entry in optimizer.state.items()
     }
+    scores = getattr(optimizer, "_scores", None)
     try:
-        yield
+        with nullcontext() if scores is None else scores.unchanged():
+            yield
     finally:
         optimizer.state.clear()
         optimizer.state.update(state)

@@ -5,7 +5,8 @@ Shapes: C input channels of a layer, K of them drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ class ChannelScores:
     def settle(self, scores: dict[str, Tensor] | None) -> None:
         """A draw by these scores was installed."""
         self.kept, self._sums, self._steps = scores, {}, {}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Forget what is seen inside the block."""
+        sums, steps = dict(self._sums), dict(self._steps)
+        try:
+            yield
+        finally:
+            self._sums, self._steps = sums, steps
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers for a state_dict; empty for samplers without scores."""

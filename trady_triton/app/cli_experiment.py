@@ -1,0 +1,56 @@
+"""`trady experiment`: a grid of fine-tuning runs, resumable, in one CSV file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trady_triton.app.cell import Record
+from trady_triton.app.cli_base import app, note, reported
+from trady_triton.app.experiment import finished, run_grid
+from trady_triton.app.spec import Spec
+
+
+@app.command()
+@reported
+def experiment(
+    spec: Annotated[Path, typer.Argument(help="A YAML file: nets, data, budgets, strategies, lrs, seeds, protocol.")],
+    data: Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-OF-THE-SPEC by default.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on the CPU; on GPUs there is one for each.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; all GPUs by default, else the CPU.")] = None,
+) -> None:
+    """Run a grid of nets x data sets x budgets x strategies x seeds; what is finished is never run again."""
+    cells = list(Spec.load(spec).cells())
+    folder = out or Path("runs") / spec.stem
+    if done := finished(cells, folder):
+        note(f"{len(done)} of {len(cells)} cells are finished already")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("cells", total=len(cells), completed=len(done))
+
+        def show(row: Record, left: int) -> None:
+            progress.update(task, completed=len(cells) - left)
+            accuracy = "diverged" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+            progress.console.print(
+                f"{row['net']} {row['data']} {row['budget'] or ''} {row['strategy']} lr {row['lr']:g} "
+                f"seed {row['seed']}: {accuracy}, {row['seconds']:.0f} s",
+                highlight=False,
+            )
+
+        run_grid(cells, folder, str(data), devices=_devices(device, workers), threads=threads, on_cell=show)
+    print(f"{len(cells)} rows in {folder / 'results.csv'}")
+
+
+def _devices(name: str | None, workers: int) -> list[str]:
+    if name is None and torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "cuda":
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [name or "cpu"] * (workers if name in (None, "cpu") else 1)
