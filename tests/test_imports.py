@@ -14,7 +14,7 @@ CORE = {"torch", "einops"}
 # it may promise memory, for which the ledger rehearses a step, so it stands above both.
 ALLOWED = {
     "serial": set(),
-    "cost": {"torch"},
+    "cost": {"torch", "ops"},
     "sampling": {"torch", "cost"},
     "strategies": {"torch", "sampling"},
     "registry": {"torch"},

@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trady_triton.ops.quantize import quantized_bytes
+
 DEPTHWISE_CHARGES = ("exact", "paper")
+STORE_BITS = {"same": 0, "int8": 8, "int4": 4}
 OPTIMIZER_STATES = {"sgd": 0, "momentum": 1, "adamw": 2}
 
 
@@ -21,7 +24,8 @@ class LayerShape:
     """Sizes of one Conv2d or Linear, all for one sample.
 
     `in_positions` counts the whole input, `stored_positions` what the compact store keeps of a channel: less where a
-    strided 1x1 convolution skips pixels.
+    strided 1x1 convolution skips pixels. `parts` is in how many pieces it comes, which are quantised apart: the calls
+    of a layer, and of a convolution that is not a matrix product the images of every call.
     """
 
     in_channels: int
@@ -31,6 +35,7 @@ class LayerShape:
     stored_positions: int
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
+    parts: int = 1
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> LayerShape:
@@ -44,7 +49,13 @@ class LayerShape:
             in_positions=self.in_positions + other.in_positions,
             out_positions=self.out_positions + other.out_positions,
             stored_positions=self.stored_positions + other.stored_positions,
+            parts=self.parts + other.parts,
         )
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the layer is a matrix product over tokens or kept pixels."""
+        return prod(self.kernel_size) == self.groups == 1 and self.stored_positions == self.out_positions
 
     @property
     def is_depthwise(self) -> bool:
@@ -88,7 +99,7 @@ def measure_call(module: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, batch_size
         return LayerShape(module.in_features, module.out_features, positions, positions, positions)
     samples = max(1, x.shape[0] // batch_size)
     inputs, outputs = samples * prod(x.shape[2:]), samples * prod(y.shape[2:])
-    return LayerShape(
+    shape = LayerShape(
         in_channels=module.in_channels,
         out_channels=module.out_channels,
         in_positions=inputs,
@@ -97,6 +108,7 @@ def measure_call(module: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, batch_size
         groups=module.groups,
         kernel_size=tuple(module.kernel_size),
     )
+    return shape if shape.is_product else replace(shape, parts=samples)
 
 
 def keeps_strided_pixels(kernel_size: tuple[int, ...], padding: str | tuple[int, ...]) -> bool:
@@ -121,12 +133,17 @@ class CostModel:
     depthwise: str = "exact"
     states: int = 0
     state_itemsize: int = 1
+    store: str = "same"
 
     def __post_init__(self) -> None:
         if self.depthwise not in DEPTHWISE_CHARGES:
             raise ValueError(f"cost_model {self.depthwise!r}: wanted one of {', '.join(DEPTHWISE_CHARGES)}")
         if self.unit not in ("elements", "bytes"):
             raise ValueError(f"unit {self.unit!r}: wanted elements or bytes")
+        if self.store not in STORE_BITS:
+            raise ValueError(f"store {self.store!r}: wanted one of {', '.join(STORE_BITS)}")
+        if self.store != "same" and self.unit != "bytes":
+            raise ValueError(f"store {self.store!r}: saves bytes, so the budget must count them, such as '256KiB'")
         for name in ("batch_size", "gradient_itemsize", "activation_itemsize", "states", "state_itemsize"):
             value, least = getattr(self, name), 0 if name == "states" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -141,8 +158,14 @@ class CostModel:
         return self._weights(shape) * self.states * self.state_itemsize
 
     def activation_cost(self, shape: LayerShape) -> int:
-        """Charge of one channel's compact store A[:, c], all samples of the batch."""
-        return shape.stored_positions * self.batch_size * self.activation_itemsize
+        """Charge of one channel's compact store A[:, c], all samples of the batch: codes and scales if quantised."""
+        positions = shape.stored_positions * self.batch_size
+        if self.store == "same":
+            return positions * self.activation_itemsize
+        bits, parts = STORE_BITS[self.store], shape.parts
+        if shape.is_product:
+            return parts * quantized_bytes("tokens", (1, positions // parts), bits)
+        return quantized_bytes("planes", (1, self.batch_size * parts, 1, shape.stored_positions // parts), bits)
 
     def channel_cost(self, shape: LayerShape) -> int:
         """Charge of training one input channel (eq. 3, and the optimizer's state)."""

@@ -4,10 +4,12 @@ Shapes: N batch, C input channels, K drawn channels, O output channels, G groups
 Forward keeps x[:, channels] (a compact copy) if channels are drawn, and a reference to W if x needs a gradient.
 Backward computes dX where somebody needs it and the compact dW of the drawn channels (eq. 2), channel-major.
 The store and the compact dW are ops of `trady_triton.ops`: Triton kernels on a GPU, their torch twins elsewhere.
+A kept store is (the channels, None, None), or (codes, scale, zero) where the plan quantises it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.cost import keeps_strided_pixels
-from trady_triton.ops import grouped_wgrad, planes_wgrad, store_channels, token_wgrad
+from trady_triton.ops import (
+    dequantize_channels,
+    grouped_wgrad,
+    planes_wgrad,
+    quantize_channels,
+    store_channels,
+    token_wgrad,
+)
 from trady_triton.slot import ChannelSlot, Draw, Ticket
+
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class ConvGeometry(NamedTuple):
@@ -87,18 +98,18 @@ class _LeanConv2d(torch.autograd.Function):
         geometry: ConvGeometry,
     ) -> Tensor:
         y, seen = _conv_fprop(x, weight, bias, geometry)
-        store = None
+        store: Kept = None, None, None
         if ctx.needs_input_grad[3] and draw is not None:
-            store = _conv_store(seen, draw.channels, weight.shape, geometry)
+            store = _conv_store(seen, draw, weight.shape, geometry)
             ctx.ticket = _ticket(draw)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, store)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *store)
         ctx.geometry, ctx.draw, ctx.x_shape, ctx.weight_shape = geometry, draw, x.shape, weight.shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, store = ctx.saved_tensors
+        weight, *store = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = _conv_dgrad(dy, weight.to(dy.dtype), ctx.x_shape, ctx.geometry)
@@ -106,7 +117,7 @@ class _LeanConv2d(torch.autograd.Function):
             db = dy.sum((0, 2, 3))
         if ctx.needs_input_grad[3]:
             _redeem(ctx.ticket)
-            dw = _conv_wgrad(dy, store, ctx.draw, ctx.weight_shape, ctx.geometry)
+            dw = _conv_wgrad(dy, store, ctx.draw, ctx.x_shape, ctx.weight_shape, ctx.geometry)
         return dx, None, db, dw, None, None
 
 
@@ -116,18 +127,18 @@ class _LeanLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, proxy: Tensor | None, draw: Draw | None
     ) -> Tensor:
         x, w, b = _as_autocast(x, weight, bias)
-        store = None
+        store: Kept = None, None, None
         if ctx.needs_input_grad[3] and draw is not None:
-            store = store_channels(x, draw.channels, "tokens")
+            store = _keep(x, draw, "tokens")
             ctx.ticket = _ticket(draw)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, store)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *store)
         ctx.draw = draw
         return F.linear(x, w, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, store = ctx.saved_tensors
+        weight, *store = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)
@@ -135,7 +146,7 @@ class _LeanLinear(torch.autograd.Function):
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
             _redeem(ctx.ticket)
-            dw = token_wgrad(store, dy, out_dtype=ctx.draw.proxy.dtype)
+            dw = _token_wgrad(store, dy, -1, ctx.draw)
         return dx, None, db, dw, None
 
 
@@ -156,11 +167,18 @@ def _conv_fprop(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGe
     return F.conv2d(padded, w, b, stride, padding, dilation, groups), seen
 
 
-def _conv_store(x: Tensor, channels: Tensor, weight_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
+def _keep(x: Tensor, draw: Draw, layout: str) -> Kept:
+    """The drawn channels of x in a layout of `ops.store`, quantised where the plan says so."""
+    if draw.bits:
+        return quantize_channels(x, draw.channels, layout, draw.bits, seed=draw.noise)
+    return store_channels(x, draw.channels, layout), None, None
+
+
+def _conv_store(x: Tensor, draw: Draw, weight_shape: torch.Size, geometry: ConvGeometry) -> Kept:
     """The compact store [K, N, H, W]; of a 1x1 convolution [K, N P Q], only the pixels that its stride keeps."""
     if _skips_pixels(weight_shape, geometry):
         x = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-    return store_channels(x, channels, "pixels" if _is_product(weight_shape, geometry) else "planes")
+    return _keep(x, draw, "pixels" if _is_product(weight_shape, geometry) else "planes")
 
 
 def _skips_pixels(weight_shape: torch.Size, geometry: ConvGeometry) -> bool:
@@ -172,19 +190,34 @@ def _is_product(weight_shape: torch.Size, geometry: ConvGeometry) -> bool:
     return geometry.groups == 1 and _skips_pixels(weight_shape, geometry)
 
 
-def _conv_wgrad(dy: Tensor, store: Tensor, draw: Draw, weight_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
+def _token_wgrad(kept: Sequence[Tensor], dy: Tensor, channel_dim: int, draw: Draw) -> Tensor:
+    """The compact dW [K, O] of a matrix product."""
+    store, scale, zero = kept
+    return token_wgrad(store, dy, channel_dim, scale=scale, zero=zero, bits=draw.bits, out_dtype=draw.proxy.dtype)
+
+
+def _conv_wgrad(
+    dy: Tensor, kept: Sequence[Tensor], draw: Draw, x_shape: torch.Size, weight_shape: torch.Size,
+    geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
     """The compact dW [K, O/G, R, S] from dY [N, O, P, Q] and the store."""
-    out_channels, group_size, *kernel = weight_shape
-    groups, dtype = geometry.groups, draw.proxy.dtype
     if _is_product(weight_shape, geometry):
-        return token_wgrad(store, dy, 1, out_dtype=dtype)[:, :, None, None]
+        return _token_wgrad(kept, dy, 1, draw)[:, :, None, None]
+    out_channels, group_size, *kernel = weight_shape
     left, _, top, _ = geometry.overhang
     padding = (geometry.padding[0] + top, geometry.padding[1] + left)
-    stride = (1, 1) if _skips_pixels(weight_shape, geometry) else geometry.stride
-    if groups > 1:
-        group = (group_size, out_channels // groups)
-        return grouped_wgrad(store, dy, draw.channels, group, kernel, stride, padding, geometry.dilation, dtype)
-    return planes_wgrad(store, dy, kernel, stride, padding, geometry.dilation, dtype)
+    skips = _skips_pixels(weight_shape, geometry)
+    options = (1, 1) if skips else geometry.stride, padding, geometry.dilation, draw.proxy.dtype
+    store, scale, zero = kept
+    group = (group_size, out_channels // geometry.groups)
+    if geometry.groups > 1 and draw.bits == 8:
+        return grouped_wgrad(store, dy, draw.channels, group, kernel, *options, scale=scale, zero=zero)
+    if draw.bits:
+        size = (store.shape[0], x_shape[0], *(dy.shape[2:] if skips else x_shape[2:]))
+        store = dequantize_channels(store, scale, zero, "planes", draw.bits, size, dy.dtype)
+    if geometry.groups > 1:
+        return grouped_wgrad(store, dy, draw.channels, group, kernel, *options)
+    return planes_wgrad(store, dy, kernel, *options)
 
 
 def _ticket(draw: Draw) -> Ticket | None:

@@ -255,6 +255,8 @@ class TraDyOptimizer(Optimizer, Joinable):
     def _count(self, steps: int) -> None:
         for group in self.param_groups:
             group["trady_steps"] = steps
+        for slot in self._all_slots():
+            slot.seed_step(steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim, compact gradients included."""
@@ -419,6 +421,7 @@ class TraDyOptimizer(Optimizer, Joinable):
             for slot in slots:
                 old, old_channels = self.state.pop(slot.proxy, {}), slot.channels
                 slot.set(channels.get(slot.layer, ()), scale.get(slot.layer), outputs.get(slot.layer))
+                slot.seed_step(group["trady_steps"])
                 state = new_channel_state(slot, self.algorithm, group)
                 if carries:
                     carry_(state, slot.channels, old, old_channels)

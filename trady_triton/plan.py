@@ -8,13 +8,13 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
 import torch
 
-from trady_triton.cost import OPTIMIZER_STATES, CostModel, LayerShape
+from trady_triton.cost import OPTIMIZER_STATES, STORE_BITS, CostModel, LayerShape
 from trady_triton.policy import Policy
 from trady_triton.pooling import choose_pool
 from trady_triton.ranking import Ranking
@@ -234,6 +234,16 @@ class Plan:
                 raise ValueError(f"scores of layer {name!r}: shape {found}, wanted ({size},)")
 
     @property
+    def store(self) -> str:
+        """How the drawn channels are stored for the backward: "same" as the layer saw them, "int8" or "int4"."""
+        return self.cost.store
+
+    @property
+    def store_bits(self) -> int:
+        """8 or 4 where the store is quantised, else 0."""
+        return STORE_BITS[self.cost.store]
+
+    @property
     def total_elements(self) -> int:
         """All weights and inputs of the ranked layers for one sample, whatever the cost model."""
         return sum(shape.weights + shape.inputs for shape in self.shapes.values())
@@ -288,6 +298,7 @@ def make_plan(
     activation_dtype: torch.dtype | None = None,
     cost_model: str = "exact",
     optimizer: str = "sgd",
+    store: str = "same",
     fill: str = "stop",
     seed: int = 0,
     train_bias: bool = False,
@@ -320,6 +331,8 @@ def make_plan(
         activation_dtype: of the stored inputs, such as torch.bfloat16 under autocast; by default `dtype`.
         cost_model: "exact", or "paper", which charges a depthwise channel one weight.
         optimizer: "sgd", "momentum" or "adamw": what will train, whose state of a drawn channel counts.
+        store: "same" keeps the drawn channels as the layer saw them; "int8" and "int4" round them stochastically, so
+            that at equal bytes more channels fit: an unbiased, noisier gradient (byte budgets only; docs/store.md).
         fill: "stop" ends a draw at the first channel that does not fit, "skip" goes on to the next.
         seed: of all draws.
         train_bias: also train the biases of the ranked layers, outside the budget.
@@ -342,6 +355,7 @@ def make_plan(
         sizes = dtype.itemsize, (activation_dtype or dtype).itemsize
         state_size = max(dtype.itemsize, 4) if states else 1
         cost = CostModel(batch_size, *sizes, "bytes", cost_model, states, state_size)
+    cost = replace(cost, store=store)
     shapes = {layer.name: layer.shape for layer in ranking.layers}
     if layers is not None:
         _check_names(list(layers), shapes)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -49,13 +50,16 @@ class Draw:
 
     `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `averaged`
     tells whether the gradient is the mean over the processes that train together. `factor`, [K, 1] or
-    [K, O/G], multiplies the gradient in the update; None leaves it as it is.
+    [K, O/G], multiplies the gradient in the update; None leaves it as it is. Where the store is quantised, `bits` is
+    8 or 4 and `noise`, [1] int64, the seed of its rounding.
     """
 
-    def __init__(self, channels: Tensor, proxy: Tensor, factor: Tensor | None = None) -> None:
+    def __init__(self, channels: Tensor, proxy: Tensor, bits: int = 0, noise: Tensor | None = None) -> None:
         self.channels = channels
         self.proxy = proxy
-        self.factor = factor
+        self.bits = bits
+        self.noise = noise
+        self.factor: Tensor | None = None
         self.replaced = False
         self.unapplied = False
         self.averaged = False
@@ -81,12 +85,17 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
 class ChannelSlot:
     """The channels and the proxy of one weight. Starts with no channel drawn."""
 
-    def __init__(self, layer: str, weight: nn.Parameter, groups: int, plan: str) -> None:
-        """`layer` names the weight in errors, `plan` is the fingerprint of the plan that it belongs to."""
+    def __init__(self, layer: str, weight: nn.Parameter, groups: int, plan: str, bits: int = 0) -> None:
+        """`layer` names the weight in errors, `plan` is the fingerprint of the plan that it belongs to.
+
+        `bits` is 8 or 4 where the compact store is quantised.
+        """
         self.layer = layer
         self.weight = weight
         self.groups = groups
         self.plan = plan
+        self.bits = bits
+        self.step = 0
         self.draw = self._make_draw(())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,6 +149,15 @@ class ChannelSlot:
         draw.factor = self._factor(draw.channels, scale, outputs)
         self.draw.replaced = True
         self.draw = draw
+
+    def seed_step(self, step: int) -> None:
+        """Round the stores of the coming forwards by the noise of optimizer step `step`.
+
+        The noise is a function of plan, layer and step, so a forward that is run again within a step repeats its store.
+        """
+        self.step = step
+        if self.draw.noise is not None:
+            self.draw.noise.fill_(self._seed())
 
     @contextmanager
     def borrowed(self, channels: Sequence[int]) -> Iterator[None]:
@@ -213,7 +231,11 @@ class ChannelSlot:
             )
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
         proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape).requires_grad_()
-        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy)
+        noise = torch.tensor([self._seed()], device=weight.device) if self.bits else None
+        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy, self.bits, noise)
+
+    def _seed(self) -> int:
+        return int.from_bytes(sha256(f"{self.plan} {self.layer} {self.step}".encode()).digest()[:7], "little")
 
 
 @dataclass(frozen=True)

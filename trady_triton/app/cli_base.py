@@ -35,6 +35,7 @@ CostModelName = Annotated[str, typer.Option("--cost-model", help="exact, or pape
 PoolSize = Annotated[int | None, typer.Option("--k", help="Layers in the pool, instead of --coverage.")]
 Coverage = Annotated[float, typer.Option(help="Share of the summed RGN that the pool must hold.")]
 Fill = Annotated[str, typer.Option(help="A channel that does not fit ends the draw (stop) or is left out (skip).")]
+Store = Annotated[str, typer.Option(help="Keep drawn channels as they are (same), or in int8 or int4: more fit.")]
 Recompute = Annotated[bool, typer.Option(help="Run blocks again in the backward where that keeps half or less: exact.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 

@@ -27,6 +27,7 @@ from trady_triton.app.cli_base import (
     RankingFile,
     Recompute,
     Seed,
+    Store,
     Weights,
     app,
     note,
@@ -59,6 +60,7 @@ def finetune(
     k: PoolSize = None,
     coverage: Coverage = 0.976,
     fill: Fill = "stop",
+    store: Store = "same",
     recompute: Recompute = True,
     image_size: ImageSize = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
@@ -118,6 +120,7 @@ def finetune(
             k=k,
             coverage=coverage,
             fill=fill,
+            store=store,
             seed=seed,
         )
         if recompute:

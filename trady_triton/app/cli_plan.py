@@ -26,6 +26,7 @@ from trady_triton.app.cli_base import (
     RankingFile,
     Recompute,
     Seed,
+    Store,
     Weights,
     app,
     note,
@@ -50,6 +51,7 @@ def plan(
     k: PoolSize = None,
     coverage: Coverage = 0.976,
     fill: Fill = "stop",
+    store: Store = "same",
     seed: Seed = 0,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -70,7 +72,14 @@ def plan(
         target: dict[str, Any] = {"budget": parse_budget_option(budget), "batch_size": batch_size}
     else:
         target = {"memory": memory, "model": model, "input_shape": (batch_size, 3, size, size)}
-    options: dict[str, Any] = {"cost_model": cost_model, "k": k, "coverage": coverage, "fill": fill, "seed": seed}
+    options: dict[str, Any] = {
+        "cost_model": cost_model,
+        "k": k,
+        "coverage": coverage,
+        "fill": fill,
+        "store": store,
+        "seed": seed,
+    }
     made = make_plan(measured, **target, **options)
     if recompute and budget is not None:
         made = choose_recompute(made, model, (batch_size, 3, size, size))

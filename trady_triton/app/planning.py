@@ -90,6 +90,7 @@ def describe(plan: Plan, net: str) -> dict[str, Any]:
         },
         "head": list(plan.head),
         "fill": plan.fill,
+        "store": plan.store,
         "seed": plan.seed,
         "fingerprint": plan.fingerprint,
     }

@@ -60,6 +60,7 @@ def plan_summary(plan: Plan) -> str:
             f"stored inputs, {saving.wgrad_flops_saving:.1%} of the dW FLOPs",
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
+            *([f"stored as    {plan.store}, by stochastic rounding"] if plan.store_bits else []),
             *([f"recomputed   {len(again)} blocks run again in the backward: exact"] if again else []),
         )
     )

@@ -143,7 +143,8 @@ def _install_slots(model: nn.Module, plan: Plan) -> None:
     slots = {}
     for name in plan.pool:
         layer = model.get_submodule(name)
-        slot = ChannelSlot(name, layer.weight, getattr(layer, "groups", 1), plan.fingerprint)  # type: ignore[arg-type]
+        groups = getattr(layer, "groups", 1)
+        slot = ChannelSlot(name, layer.weight, groups, plan.fingerprint, plan.store_bits)  # type: ignore[arg-type]
         slots[id(layer.weight)] = slot
     pool = Pool(plan, tuple(slots.values()), weakref.ref(model))
     attach_pool(pool, (p for p in model.parameters() if p.requires_grad))

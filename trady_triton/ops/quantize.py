@@ -211,11 +211,9 @@ def _empty_codes(x: torch.Tensor, size: Sequence[int], layout: str, bits: int) -
     else:
         groups = (size[1] + GROUP - 1) // GROUP
         row = padded(size[1], 16)
-        codes = (
-            x.new_empty_strided((size[0], size[1]), (row, 1), dtype=torch.uint8)
-            if bits == 8
-            else x.new_empty(size[0], groups * half, dtype=torch.uint8)
-        )
+        columns = row if bits == 8 else groups * half
+        codes = x.new_empty(size[0], columns, dtype=torch.uint8)
+        codes = codes[:, : size[1]] if bits == 8 else codes
         parameters = (size[0], groups)
     return codes, x.new_empty(parameters, dtype=torch.bfloat16), x.new_empty(parameters, dtype=torch.bfloat16)
 
