@@ -6,7 +6,7 @@ from importlib import import_module
 
 from trady_triton.app.cli_base import app
 
-for _name in ("rank", "plan", "finetune", "delta", "bench", "experiment", "demo"):
+for _name in ("rank", "plan", "finetune", "delta", "bench", "experiment", "study", "demo"):
     import_module(f"trady_triton.app.cli_{_name}")
 
 

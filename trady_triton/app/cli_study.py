@@ -1,0 +1,84 @@
+"""`trady study`: the paper's measurements, as CSV, JSON and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trady_triton.app import study as tables
+from trady_triton.app.cli_base import app, note, reported
+from trady_triton.app.experiment import read_csv, write_csv
+from trady_triton.app.planning import pick_device
+from trady_triton.app.spec import Spec
+
+
+@app.command()
+@reported
+def study(
+    spec: Annotated[
+        Path | None, typer.Argument(help="A grid, as for `trady experiment`; its nets, data and seeds are recorded.")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Folder of tables, plots and recordings.")] = Path("study"),
+    results: Annotated[
+        Path | None, typer.Option(help="results.csv of `trady experiment`: compares strategies.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown page, between markers.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
+) -> None:
+    """Measure what the paper measures: tails, rankings of layers and channels, coverage, who beats whom."""
+    if spec is None and results is None and page is None:
+        raise ValueError("nothing to do: give a grid, --results or --page")
+    out.mkdir(parents=True, exist_ok=True)
+    if spec is not None:
+        grid = Spec.load(spec)
+        say = lambda name, left: note(f"recorded {name}, {left} to go")  # noqa: E731
+        runs = tables.record_all(grid, out, str(data), pick_device(device), say)
+        _measurements(grid, runs, out)
+    if results is not None:
+        _comparisons(read_csv(results), out)
+    if page is not None:
+        from trady_triton.app.study_report import refresh
+
+        refresh(page, out)
+    print(f"tables and plots in {out}")
+
+
+def _measurements(grid: Spec, runs: list[tables.Run], out: Path) -> None:
+    from trady_triton.app import study_plots as plots
+
+    plans = tables.planned(grid, runs[0].recording.ranking)
+    written = {
+        "tails": tables.tail_table(runs),
+        "layers": tables.layer_table(runs),
+        "channels": tables.channel_table(runs),
+        "coverage": tables.coverage_table(plans),
+        "savings": tables.saving_table(plans),
+    }
+    _write(written, out)
+    plots.plot_tails(written["tails"], out / "tails.png")
+    plots.plot_topology(written["layers"], written["channels"], out / "topology.png")
+    plots.plot_coverage(written["coverage"], out / "coverage.png")
+
+
+def _comparisons(rows: list[dict[str, str]], out: Path) -> None:
+    from trady_triton.app import study_plots as plots
+
+    written = {"strategies": tables.strategy_table(rows), "comparisons": tables.comparison_table(rows)}
+    _write(written, out)
+    plots.plot_strategies(rows, out / "strategies.png")
+    plots.plot_matrix(written["comparisons"], out / "matrix.png")
+
+
+def _write(written: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Each table as CSV, and all in study.json beside those that are there."""
+    path = out / "study.json"
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    for name, rows in written.items():
+        rounded = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        write_csv(out / f"{name}.csv", rounded)
+        whole[name] = rounded
+    path.write_text(json.dumps(whole, indent=0) + "\n")
