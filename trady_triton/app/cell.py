@@ -138,7 +138,7 @@ def network(net: Net, folder: str, num_classes: int) -> nn.Module:
 def plan_of(cell: Cell, model: nn.Module, folder: str) -> Plan:
     """The plan of a cell, from the ranking that its net names or that is shipped for it."""
     path = cell.net.ranking
-    ranking = Ranking.load(Path(folder) / path) if path else ranking_for(model)
+    ranking = Ranking.load(Path(folder) / path) if path else ranking_for(model, cell.net.image_size)
     if ranking is None:
         raise ValueError(f"net {cell.net.name!r}: no ranking is shipped for it; name a file as `ranking`")
     options: dict[str, Any] = dict(cell.method.options)

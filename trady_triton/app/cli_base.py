@@ -13,6 +13,7 @@ from torch import nn
 from trady_triton import Ranking
 from trady_triton.app.build import build_model, load_weights, parse_options
 from trady_triton.app.planning import rank_on_noise
+from trady_triton.models import how_made, ranking_for
 
 app = typer.Typer(
     help="Fine-tune pretrained networks inside a strict memory budget (TraDy).",
@@ -33,7 +34,15 @@ RankingFile = Annotated[str | None, typer.Option("--ranking", help="A ranking of
 Budget = Annotated[str | None, typer.Option(help="Elements for one sample (27946), or bytes for a batch (256KiB).")]
 CostModelName = Annotated[str, typer.Option("--cost-model", help="exact, or paper: depthwise channels cost 1 weight.")]
 PoolSize = Annotated[int | None, typer.Option("--k", help="Layers in the pool, instead of --coverage.")]
-Coverage = Annotated[float, typer.Option(help="Share of the summed RGN that the pool must hold.")]
+Coverage = Annotated[
+    float | None,
+    typer.Option(help="Share of the summed RGN that the pool must hold; for trady 0.976."),
+]
+Sampler = Annotated[str, typer.Option(help="Which strategy draws the channels: trady, d-full, cyclic, weighted, ...")]
+DgradBudget = Annotated[
+    float | None,
+    typer.Option("--dgrad-budget", help="Draw the depth too: largest expected share of full fine-tuning's dX FLOPs."),
+]
 Fill = Annotated[str, typer.Option(help="A channel that does not fit ends the draw (stop) or is left out (skip).")]
 Store = Annotated[str, typer.Option(help="Keep drawn channels as they are (same), or in int8 or int4: more fit.")]
 Recompute = Annotated[bool, typer.Option(help="Run blocks again in the backward where that keeps half or less: exact.")]
@@ -82,6 +91,14 @@ def quick_ranking(model: nn.Module, image_size: int, batch_size: int, steps: int
     """A ranking on noise, and a word about it on stderr."""
     note(f"no data or ranking given: a quick ranking on {steps} x {batch_size} random images and labels, seed {seed}")
     return rank_on_noise(model, image_size, batch_size=batch_size, steps=steps, seed=seed)
+
+
+def shipped_ranking(model: nn.Module, image_size: int) -> Ranking | None:
+    """The ranking that comes with the library for this network, and a word about it on stderr; or None."""
+    ranking: Ranking | None = ranking_for(model, image_size)
+    if ranking is not None:
+        note(f"{how_made(model, image_size)}; --ranking takes another")
+    return ranking
 
 
 def note(text: str) -> None:

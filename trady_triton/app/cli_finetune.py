@@ -18,6 +18,7 @@ from trady_triton.app.cli_base import (
     Budget,
     CostModelName,
     Coverage,
+    DgradBudget,
     Fill,
     ImageSize,
     ModelArgs,
@@ -26,6 +27,7 @@ from trady_triton.app.cli_base import (
     Pretrained,
     RankingFile,
     Recompute,
+    Sampler,
     Seed,
     Store,
     Weights,
@@ -33,12 +35,14 @@ from trady_triton.app.cli_base import (
     note,
     prepare,
     reported,
+    shipped_ranking,
 )
 from trady_triton.app.data import load_data
 from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Interval, Run, Settings
 from trady_triton.app.loader import Batches
 from trady_triton.app.planning import load_plan, load_ranking, parse_budget_option, pick_device, rank_on
 from trady_triton.app.tables import RunBar, plan_summary
+from trady_triton.strategies import strategy
 
 
 @app.command()
@@ -58,7 +62,9 @@ def finetune(
     plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
     cost_model: CostModelName = "exact",
     k: PoolSize = None,
-    coverage: Coverage = 0.976,
+    coverage: Coverage = None,
+    sampler: Sampler = "trady",
+    dgrad_budget: DgradBudget = None,
     fill: Fill = "stop",
     store: Store = "same",
     recompute: Recompute = True,
@@ -110,11 +116,16 @@ def finetune(
     if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
         chosen = load_plan(file, model, batches.image_size)
     elif method == "trady":
-        if budget is None:
+        if budget is None and strategy(sampler).has_budget:
             raise ValueError("--method trady needs --budget or --plan")
+        if strategy(sampler).is_probed or strategy(sampler).layers == "scheme":
+            raise ValueError(f"--sampler {sampler}: needs passes or a scheme of its own; `trady experiment` runs it")
+        measured = load_ranking(ranking, model, batches.image_size) if ranking else None
         chosen = make_plan(
-            load_ranking(ranking, model, batches.image_size) if ranking else measured_ranking(model, batches),
-            budget=parse_budget_option(budget),
+            measured or shipped_ranking(model, batches.image_size) or measured_ranking(model, batches),
+            budget=None if budget is None else parse_budget_option(budget),
+            sampler=sampler,
+            dgrad_budget=dgrad_budget,
             batch_size=batch_size,
             cost_model=cost_model,
             k=k,

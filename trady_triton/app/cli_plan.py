@@ -17,6 +17,7 @@ from trady_triton.app.cli_base import (
     Budget,
     CostModelName,
     Coverage,
+    DgradBudget,
     Fill,
     ImageSize,
     ModelArgs,
@@ -25,6 +26,7 @@ from trady_triton.app.cli_base import (
     Pretrained,
     RankingFile,
     Recompute,
+    Sampler,
     Seed,
     Store,
     Weights,
@@ -33,9 +35,11 @@ from trady_triton.app.cli_base import (
     prepare,
     quick_ranking,
     reported,
+    shipped_ranking,
 )
 from trady_triton.app.planning import describe, ledgers, load_ranking, parse_budget_option
 from trady_triton.app.tables import ledger_table, plan_summary, plan_table
+from trady_triton.strategies import strategy
 
 
 @app.command()
@@ -49,7 +53,9 @@ def plan(
     cost_model: CostModelName = "exact",
     ranking: RankingFile = None,
     k: PoolSize = None,
-    coverage: Coverage = 0.976,
+    coverage: Coverage = None,
+    sampler: Sampler = "trady",
+    dgrad_budget: DgradBudget = None,
     fill: Fill = "stop",
     store: Store = "same",
     seed: Seed = 0,
@@ -65,23 +71,28 @@ def plan(
     """Show what a memory budget buys: costs, pool, expected draws and savings."""
     model = prepare(net, weights, pretrained, model_args, image_size, seed)
     size = input_size(model, image_size)
-    measured = load_ranking(ranking, model, size) if ranking else quick_ranking(model, size, 8, 4, seed)
-    if (budget is None) == (memory is None):
-        raise ValueError("--budget and --memory: wanted one of them")
-    if budget is not None:
-        target: dict[str, Any] = {"budget": parse_budget_option(budget), "batch_size": batch_size}
+    measured = load_ranking(ranking, model, size) if ranking else shipped_ranking(model, size)
+    measured = measured or quick_ranking(model, size, 8, 4, seed)
+    if (budget is not None) + (memory is not None) != strategy(sampler).has_budget:
+        wanted = "one" if strategy(sampler).has_budget else "none"
+        raise ValueError(f"--budget and --memory: wanted {wanted} of them for --sampler {sampler}")
+    if memory is None:
+        amount = None if budget is None else parse_budget_option(budget)
+        target: dict[str, Any] = {"budget": amount, "batch_size": batch_size}
     else:
         target = {"memory": memory, "model": model, "input_shape": (batch_size, 3, size, size)}
     options: dict[str, Any] = {
         "cost_model": cost_model,
         "k": k,
         "coverage": coverage,
+        "sampler": sampler,
+        "dgrad_budget": dgrad_budget,
         "fill": fill,
         "store": store,
         "seed": seed,
     }
     made = make_plan(measured, **target, **options)
-    if recompute and budget is not None:
+    if recompute and memory is None:
         made = choose_recompute(made, model, (batch_size, 3, size, size))
     books = ledgers(model, made, size, batch_size) if ledger or plot else {}
     if as_json:

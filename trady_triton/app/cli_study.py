@@ -23,9 +23,8 @@ def study(
     ] = None,
     data: Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")] = Path("."),
     out: Annotated[Path, typer.Option(help="Folder of tables, plots and recordings.")] = Path("study"),
-    results: Annotated[
-        Path | None, typer.Option(help="results.csv of `trady experiment`: compares strategies.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="results.csv of `trady experiment`, to compare.")] = None,
+    ship: Annotated[Path | None, typer.Option(help="Write the ranking of each net's first recording here.")] = None,
     page: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown page, between markers.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
 ) -> None:
@@ -38,6 +37,8 @@ def study(
         say = lambda name, left: note(f"recorded {name}, {left} to go")  # noqa: E731
         runs = tables.record_all(grid, out, str(data), pick_device(device), say)
         _measurements(grid, runs, out)
+        if ship is not None:
+            tables.ship_rankings(grid, runs, ship)
     if results is not None:
         _comparisons(read_csv(results), out)
     if page is not None:

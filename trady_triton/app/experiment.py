@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from trady_triton.app.cell import Record, run_cell
 from trady_triton.app.spec import Cell
+from trady_triton.serial import written_whole
 
 _device = "cpu"
 
@@ -61,12 +61,10 @@ def finished(cells: Sequence[Cell], out: Path) -> list[Cell]:
 def write_csv(path: Path, rows: Sequence[Record]) -> None:
     """Rows as CSV, one column for each key, in the order in which keys first come."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("w", newline="") as file:
+    with written_whole(path) as scratch, scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(scratch, path)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -117,10 +115,8 @@ def _work(cell: Cell, data_folder: str) -> Record:
 
 
 def _finish(out: Path, cell: Cell, row: Record) -> None:
-    path = _file(out, cell)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(row) + "\n")
-    os.replace(scratch, path)
+    with written_whole(_file(out, cell)) as scratch:
+        scratch.write_text(json.dumps(row) + "\n")
 
 
 def _file(out: Path, cell: Cell) -> Path:

@@ -20,6 +20,7 @@ from trady_triton.app.recording import Recording, record_run
 from trady_triton.app.spec import Spec
 from trady_triton.cost import CostModel
 from trady_triton.ranking import Ranking
+from trady_triton.serial import write_json
 from trady_triton.stats import better, coverage, paired_t_test, spearman, t_test
 
 Row = dict[str, Any]
@@ -64,6 +65,30 @@ def record_all(
             on_run(path.stem, len(cases) - number)
         runs.append(Run(net.name, data.name, seed, Recording.load(path)[0]))
     return runs
+
+
+def ship_rankings(spec: Spec, runs: Sequence[Run], folder: Path) -> None:
+    """Write the ranking of each net's first run, with how it was made, for `trady_triton.models.ranking_for`."""
+    protocol, data = spec.protocol, spec.data[0]
+    for net in spec.nets:
+        run = next(run for run in runs if (run.net, run.data, run.seed) == (net.name, data.name, spec.seeds[0]))
+        norms = [[float(f"{norm:.5g}") for norm in layer.norms] for layer in run.recording.ranking.layers]
+        layers = [{**asdict(x), "norms": n} for x, n in zip(run.recording.ranking.layers, norms, strict=True)]
+        per_class = f", {data.train_per_class} images a class" if data.train_per_class else ""
+        clip = f", clipped to norm {protocol.max_grad_norm:g} (norms before that)" if protocol.max_grad_norm else ""
+        made = {
+            "net": net.name,
+            "args": dict(net.args),
+            "weights": Path(net.weights).stem if net.weights else "random",
+            "image_size": net.image_size,
+            "how": f"gradient norms of full fine-tuning on {data.name}{per_class}, {net.image_size} px: "
+            f"{protocol.epochs} epochs, batch {protocol.batch_size}, SGD, lr {spec.lrs[0]:g}{clip}",
+            "torch": torch.__version__,
+        }
+        name = Path(net.weights).stem if net.weights else net.name
+        write_json(
+            folder / f"{name}.json", "ranking", {**asdict(run.recording.ranking), "layers": layers, "made": made}
+        )
 
 
 def tail_table(runs: Sequence[Run]) -> list[Row]:

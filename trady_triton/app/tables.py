@@ -57,7 +57,11 @@ def plan_summary(plan: Plan) -> str:
             f"pool         {size} of {ranked} layers: {channels:,} channels, {plan.pool_cost:,} {unit}",
             f"each epoch   {saving.channels:.1f} channels at {saving.used:,.0f} {unit}, on average",
             f"saved        {saving.weight_saving:.1%} of the weight gradients, {saving.activation_saving:.1%} of the "
-            f"stored inputs, {saving.wgrad_flops_saving:.1%} of the dW FLOPs",
+            f"stored inputs, {saving.wgrad_flops_saving:.1%} of the dW FLOPs, {saving.dgrad_flops_saving:.1%} of dX",
+            f"computed     {saving.step_flops / 1e6:,.1f} MFLOP a sample: forward {saving.forward_flops / 1e6:,.1f}, "
+            f"dX {saving.dgrad_flops / 1e6:,.1f}, dW {saving.wgrad_flops / 1e6:,.2f}",
+            *([f"drawn by     {plan.sampler}"] if plan.sampler != "trady" else []),
+            *([f"depth        drawn too: at most {plan.dgrad_budget:.0%} of dX is expected"] if plan.depths else []),
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
             *([f"stored as    {plan.store}, by stochastic rounding"] if plan.store_bits else []),
