@@ -28,7 +28,7 @@ def torchrun(name, *arguments):
 
 
 def test_distributed_data_parallel_equals_one_process_on_the_joined_batch():
-    assert torchrun("ddp.py").count("passed") == 2 * 10
+    assert torchrun("ddp.py").count("passed") == 2 * 11
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -39,7 +39,7 @@ def test_fully_shard_equals_one_process_and_checkpoints_go_from_one_to_two_and_b
         optimizer.resample(epoch)
         train(net, optimizer, batch)
     save(net, optimizer, tmp_path / "one")
-    assert torchrun("fsdp.py", tmp_path).count("passed") == 2 * 4
+    assert torchrun("fsdp.py", tmp_path).count("passed") == 2 * 5
     train(net, optimizer, batch)  # what two processes did with the checkpoint
     other, resumed = planned(**ADAMW)
     with pytest.raises(ValueError, match="state of"):

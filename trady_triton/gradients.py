@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from trady_triton.sharding import is_sharded
@@ -29,9 +30,10 @@ class GradientWatch:
         self._versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._norms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def follow(self, leaf: Tensor) -> None:
+    def follow(self, leaf: Tensor) -> RemovableHandle:
         """Note the gradients of a leaf from now on; the leaf does not keep the watch alive."""
-        leaf.register_post_accumulate_grad_hook(partial(_note, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        handle: RemovableHandle = leaf.register_post_accumulate_grad_hook(partial(_note, weakref.ref(self)))  # type: ignore[no-untyped-call]
+        return handle
 
     def note(self, leaf: Tensor) -> None:
         """A backward has added to the gradient of a leaf."""

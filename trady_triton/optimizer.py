@@ -1,35 +1,24 @@
-"""TraDyOptimizer: which channels and parameters are trained now, with what state; the maths is in `update`."""
+"""TraDyOptimizer: draws and steps. Bookkeeping is in `channel_groups`, the maths in `update`."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
-from torch.optim import Optimizer
 
+from trady_triton.channel_groups import ChannelGroups
 from trady_triton.distributed import Processes, StepsWithoutBatch
 from trady_triton.gradients import GradientWatch, clip_jointly_, missed_compact
-from trady_triton.options import check_group, check_whole, defaults_of, listed, tensors_in
+from trady_triton.options import check_whole, defaults_of, listed, tensors_in
 from trady_triton.plan import Plan
 from trady_triton.sampling import Scores, Selection
-from trady_triton.scores import ChannelScores
-from trady_triton.slot import ChannelSlot, find_pool, find_slot
-from trady_triton.states import (
-    State,
-    carry_,
-    check_saved,
-    check_saved_groups,
-    fill_whole_state,
-    load_,
-    new_channel_state,
-    state_shapes,
-)
+from trady_triton.slot import find_pool
+from trady_triton.states import fill_whole_state
 from trady_triton.strict import StepMemory
 from trady_triton.update import ChannelUpdate, Trained, update_whole
 
@@ -37,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class TraDyOptimizer(Optimizer, Joinable):
+class TraDyOptimizer(ChannelGroups, Joinable):
     """SGD or AdamW, as in torch.optim, for a model to which `apply_plan` was applied. The paper has plain SGD.
 
     Call `resample(epoch)` at the start of every epoch, then step as usual; or let `step()` draw anew every so many
@@ -108,53 +97,18 @@ class TraDyOptimizer(Optimizer, Joinable):
             )
         check_whole(state_policy, resample_every, max_grad_norm)
         options = defaults_of(algorithm, momentum, nesterov, betas, eps)
-        self.plan, self.algorithm = plan, algorithm
-        self.state_policy, self.resample_every, self.max_grad_norm = state_policy, resample_every, max_grad_norm
-        self._slots: list[list[ChannelSlot]] = []
-        self._scores = ChannelScores(plan)
+        self.resample_every, self.max_grad_norm = resample_every, max_grad_norm
         self._update_channels = ChannelUpdate(algorithm)
-        self._processes, self._digest = Processes(process_group), ""
-        self._watch, self._warns = GradientWatch(weighs=max_grad_norm is not None), max_grad_norm is None
-        own = {"trady_plan": plan.fingerprint, "trady_every": resample_every, "trady_epoch": -1, "trady_steps": 0}
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **options, **own})
-        if pool is not None:
-            self._add_left_out(pool.slots)
-        missing = set(plan.pool) - {slot.layer for slot in self._all_slots()}
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the plan's {len(plan.pool)} layers are not among the parameters, such as "
-                f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
-                "deepcopy needs remove_plan and apply_plan of its own, and fully_shard comes before apply_plan"
-            )
+        self._processes = Processes(process_group)
+        self._warns = max_grad_norm is None
+        watch = GradientWatch(weighs=max_grad_norm is not None)
+        defaults = {"lr": lr, "weight_decay": weight_decay, **options, "trady_every": resample_every}
+        super().__init__(groups, defaults, plan, pool, algorithm, state_policy, watch)
         assert pool is not None
         self._model = pool.model
         self.memory = StepMemory(plan, self.join_device, self._owned) if strict else None
         if self.resample_every != "epoch":
             self.resample()
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch, or the index of the draw, whose channels are installed; None before the first `resample`."""
-        epoch = self.param_groups[0]["trady_epoch"]
-        return None if epoch < 0 else epoch
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of the model's parameters; their proxies take the place of the frozen weights."""
-        check_group({**self.defaults, **param_group}, self.algorithm, self.plan.cost)
-        params = param_group["params"]
-        given = [params] if isinstance(params, Tensor) else list(params)
-        named = [item if isinstance(item, tuple) else (None, item) for item in given]
-        slots = [slot for _, weight in named if (slot := find_slot(weight)) is not None]
-        self._check_slots(slots)
-        kept = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        kept += [(_proxy_name(slot), slot.proxy) for slot in slots]
-        is_named = any(isinstance(item, tuple) for item in given)
-        super().add_param_group({**param_group, "params": kept if is_named else [p for _, p in kept]})
-        self._slots.append(slots)
-        self._fill_states()
-        for _, parameter in named:
-            if parameter.requires_grad:
-                self._watch.follow(parameter)
 
     def resample(self, epoch: int | None = None, scores: Scores | None = None) -> Selection:
         """Draw the channels of an epoch and install them; without an argument, of the next epoch.
@@ -308,48 +262,6 @@ class TraDyOptimizer(Optimizer, Joinable):
         """The processes that train together."""
         return self._processes.group or torch.distributed.group.WORLD
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, and the states: `trady_state` of each group, by layer and by position of a whole parameter.
-
-        They stand in the groups, not in "state", because tools such as torch.distributed.checkpoint look there for
-        the names of module parameters only, which the drawn channels are not.
-        """
-        packed = super().state_dict()
-        for packed_group, names, members in zip(packed["param_groups"], self._names(), self.param_groups, strict=True):
-            states = {name: dict(self.state[p]) for name, p in zip(names, members["params"], strict=True)}
-            packed_group["trady_state"] = {name: state for name, state in states.items() if state}
-        for packed_group, slots in zip(packed["param_groups"], self._slots, strict=True):
-            packed_group["params"] = packed_group["params"][: len(packed_group["params"]) - len(slots)]
-        if scores := self._scores.state():
-            packed["param_groups"][0]["trady_scores"] = scores
-        return {**packed, "state": {}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a `state_dict()` of the same plan and install the channels of its epoch.
-
-        Raises:
-            ValueError: the state belongs to another plan, algorithm, or other groups. Nothing is changed then.
-        """
-        groups = state_dict["param_groups"]
-        check_saved_groups(groups, self.param_groups, [len(parameters) for _, parameters in self._whole()])
-        self._check_idle()
-        epoch = groups[0]["trady_epoch"]
-        scores = groups[0].get("trady_scores", {})
-        channels = self.plan.sample(epoch, scores.get("kept") or None) if epoch >= 0 else {}
-        saved = [group.get("trady_state", {}) for group in groups]
-        self._check_saved_states(groups, saved, channels)
-        extra = ("trady_state", "trady_scores")
-        plain = [{key: value for key, value in group.items() if key not in extra} for group in groups]
-        for group, own in zip(plain, super().state_dict()["param_groups"], strict=True):
-            group["params"] = own["params"]
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": plain})
-        self._install(epoch, channels)
-        self._scores.load(scores, self._all_slots())
-        self._fill_states()
-        for names, states, members in zip(self._names(), saved, self.param_groups, strict=True):
-            for name, member in zip(names, members["params"], strict=True):
-                load_(self.state[member], states.get(name, {}))
-
     def _update(self) -> None:
         """One step of everything that has a gradient."""
         for group, parameters in self._whole():
@@ -364,42 +276,6 @@ class TraDyOptimizer(Optimizer, Joinable):
             if slot.proxy.grad is not None
         )
 
-    def _whole(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
-        """Of each group, what is trained whole."""
-        for group, slots in zip(self.param_groups, self._slots, strict=True):
-            yield group, group["params"][: len(group["params"]) - len(slots)]
-
-    def _fill_states(self) -> None:
-        """Give everything that is trained the state that it lacks, and an entry of `state` where nothing is kept.
-
-        Without entries torch.distributed.checkpoint would run a step of its own to make them.
-        """
-        for group, parameters in self._whole():
-            for parameter in parameters:
-                fill_whole_state(self.state[parameter], parameter, self.algorithm, group)
-        for group, slots in zip(self.param_groups, self._slots, strict=True):
-            for slot in slots:
-                if not self.state[slot.proxy]:
-                    self.state[slot.proxy] = new_channel_state(slot, self.algorithm, group)
-
-    def _names(self) -> list[list[str]]:
-        """Names of the members of each group in a state_dict: position or, of a proxy, the layer."""
-        return [
-            [*map(str, range(len(group["params"]) - len(slots))), *(slot.layer for slot in slots)]
-            for group, slots in zip(self.param_groups, self._slots, strict=True)
-        ]
-
-    def _add_left_out(self, pool: Sequence[ChannelSlot]) -> None:
-        given = {id(slot) for slot in self._all_slots()}
-        slots = [slot for slot in pool if id(slot) not in given]
-        self._check_slots(slots)
-        place = max(range(len(self.param_groups)), key=lambda i: self.param_groups[i]["weight_decay"])
-        group = self.param_groups[place]
-        group["params"].extend(slot.proxy for slot in slots)
-        if "param_names" in group:
-            group["param_names"].extend(map(_proxy_name, slots))
-        self._slots[place].extend(slots)
-
     def _owned(self) -> Iterator[Tensor]:
         """All that lives from step to step: the model, proxies and gradients, ids of channels, states."""
         if (model := self._model()) is not None:
@@ -409,66 +285,6 @@ class TraDyOptimizer(Optimizer, Joinable):
             yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
         yield from (slot.channels for slot in self._all_slots())
         yield from (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
-
-    def _all_slots(self) -> list[ChannelSlot]:
-        return [slot for slots in self._slots for slot in slots]
-
-    def _install(self, epoch: int, channels: Mapping[str, Sequence[int]]) -> None:
-        """Draw `channels` for `epoch`; their states follow the policy, but a draw that is only moved keeps them."""
-        scale, outputs = getattr(channels, "scale", {}), getattr(channels, "outputs", {})
-        carries = self.state_policy == "carry" or epoch == self.epoch
-        for group, slots in zip(self.param_groups, self._slots, strict=True):
-            for slot in slots:
-                old, old_channels = self.state.pop(slot.proxy, {}), slot.channels
-                slot.set(channels.get(slot.layer, ()), scale.get(slot.layer), outputs.get(slot.layer))
-                slot.seed_step(group["trady_steps"])
-                state = new_channel_state(slot, self.algorithm, group)
-                if carries:
-                    carry_(state, slot.channels, old, old_channels)
-                self.state[slot.proxy] = state
-                self._watch.follow(slot.proxy)
-            group["params"][len(group["params"]) - len(slots) :] = [slot.proxy for slot in slots]
-            group["trady_epoch"] = epoch
-        drawn = sorted((slot.layer, tuple(channels.get(slot.layer, ()))) for slot in self._all_slots())
-        self._digest = hashlib.sha256(repr((self.plan.fingerprint, epoch, drawn)).encode()).hexdigest()
-
-    def _check_saved_states(
-        self, groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, State]], channels: Mapping[str, Any]
-    ) -> None:
-        """Raises ValueError unless the saved states are those that the draw and the saved options call for."""
-        for options, states, slots, (_, parameters) in zip(groups, saved, self._slots, self._whole(), strict=True):
-            for position, parameter in enumerate(parameters):
-                wanted = state_shapes(self.algorithm, options, tuple(parameter.shape), False)
-                check_saved(wanted, states.get(str(position), {}), f"parameter {position}")
-            for slot in slots:
-                shape = len(channels.get(slot.layer, ())), *slot.proxy.shape[1:]
-                wanted = state_shapes(self.algorithm, options, shape, True)
-                check_saved(wanted, states.get(slot.layer, {}), slot.layer)
-
-    def _check_slots(self, slots: list[ChannelSlot]) -> None:
-        for slot in slots:
-            if slot.plan != self.plan.fingerprint:
-                raise ValueError(
-                    f"layer {slot.layer!r}: plan {slot.plan} was applied to the model, the optimizer got plan "
-                    f"{self.plan.fingerprint}"
-                )
-
-    def _check_idle(self) -> None:
-        self._check_not_waiting()
-        for slot in self._all_slots():
-            if slot.is_pending:
-                raise RuntimeError(
-                    f"layer {slot.layer!r}: gradients wait for step(); call it, or zero_grad(), before channels are "
-                    "drawn anew"
-                )
-
-    def _check_not_waiting(self) -> None:
-        for slot in self._all_slots():
-            if slot.is_waiting:
-                raise RuntimeError(
-                    f"layer {slot.layer!r}: a forward waits for its backward; run it, or drop its output, before "
-                    "channels are drawn anew"
-                )
 
     def _found_inf(self) -> bool:
         """Whether a GradScaler, which sets `found_inf` around step(), saw a gradient that is not finite."""
@@ -502,7 +318,3 @@ class TraDyOptimizer(Optimizer, Joinable):
 
     def _proxies(self) -> list[Tensor]:
         return [slot.proxy for slot in self._all_slots()]
-
-
-def _proxy_name(slot: ChannelSlot) -> str:
-    return f"{slot.layer}.weight[:, channels]"

@@ -15,6 +15,7 @@ from torch import Tensor
 from trady_triton.plan import Plan
 from trady_triton.ranking import channel_norms
 from trady_triton.sampling import Scores
+from trady_triton.sharding import whole
 from trady_triton.slot import ChannelSlot
 
 
@@ -51,7 +52,8 @@ class ChannelScores:
             return {name: values.detach().cpu() for name, values in given.items()}
         slots = list(slots)
         if self.source == "weights":
-            return {slot.layer: channel_norms(slot.weight.detach(), slot.groups).double().cpu() for slot in slots}
+            weights = {slot.layer: (whole(slot.weight.detach()), slot.groups) for slot in slots}
+            return {name: channel_norms(*weight).double().cpu() for name, weight in weights.items()}
         if self.source == "seen" and self._sums:
             return self._merged(slots)
         return self.kept if self.source == "seen" else None

@@ -19,6 +19,11 @@ def is_sharded(weight: Tensor) -> bool:
     return hasattr(weight, "placements")
 
 
+def whole(weight: Tensor) -> Tensor:
+    """All rows of a weight; of a sharded one collected from all processes."""
+    return weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+
+
 def local_rows(weight: Any) -> tuple[Tensor, int]:
     """This process's rows of a sharded weight [O, ...], a view, and the number of its first row.
 

@@ -7,15 +7,17 @@ a device and dtype. Weight decay reaches only what is trained.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from trady_triton.ops import adamw_corrections, adamw_hyper, scatter_update_, sgd_hyper, update_tables
+from trady_triton.ops.dispatch import use_triton
 from trady_triton.sharding import is_sharded
 from trady_triton.slot import ChannelSlot
 from trady_triton.states import State, state_names
@@ -91,17 +93,15 @@ class ChannelUpdate:
         """Count one step of every channel; the bias corrections of all, in order."""
         if self.algorithm != "adamw":
             return None
-        parts = []
-        for item in items:
-            item.state["step"] += 1
-            parts.append((item.state["step"], item.group["betas"]))
-        return torch.cat([adamw_corrections(step, betas) for step, betas in parts])
+        torch._foreach_add_([item.state["step"] for item in items], 1)
+        runs = groupby(items, key=lambda item: item.group["betas"])
+        return torch.cat([adamw_corrections(torch.cat([i.state["step"] for i in run]), betas) for betas, run in runs])
 
     def _tables_of(
         self, weights: list[Tensor], grads: list[Tensor], channels: list[Tensor], states: list[list[Tensor]]
     ) -> _Tables:
-        """The launch tables; none on a CPU, whose update needs none."""
-        if weights[0].device.type == "cpu":
+        """The launch tables, where a kernel is launched; of fake tensors there are no addresses."""
+        if not use_triton(weights[0]) or isinstance(weights[0], FakeTensor):
             return {}
         tensors = chain(weights, channels, *states)
         key = tuple(number for t in tensors for number in (t.data_ptr(), *t.shape, *t.stride()))

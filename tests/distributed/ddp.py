@@ -19,9 +19,9 @@ from trady_triton import TraDyOptimizer, apply_plan
 KINDS = [{}, {"momentum": 0.9, "max_grad_norm": 0.05}, {"algorithm": "adamw", "weight_decay": 0.1}]
 
 
-def planned(seed=0, **options):
+def planned(seed=0, sampler="trady", **options):
     net = toy_net()
-    plan = toy_plan(net, 1200, seed=seed)
+    plan = toy_plan(net, 1200, seed=seed, sampler=sampler, coverage=None)
     apply_plan(net, plan)
     return net, TraDyOptimizer(net.parameters(), plan, lr=0.05, **options)
 
@@ -152,6 +152,10 @@ def check_join():
                 (F.cross_entropy(reference(x[:2]), y[:2]) / 2).backward()
                 alone.step()
         assert_same(net, reference)
+
+
+def check_samplers_that_go_by_gradients_seen():
+    train_both({"sampler": "medyate"}, lambda net, opt, batch: one_step(net, opt, own(batch)), one_step)
 
 
 def check_draws_by_step():

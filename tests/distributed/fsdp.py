@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
+from trady_triton.scores import ChannelScores
 
 
 def sharded(**options):
@@ -76,6 +77,17 @@ def check_accumulation(folder):
         optimizer.step()
         train(reference, alone, batch)
     assert_same(whole(net), reference)
+
+
+def check_norms_of_whole_weights(folder):
+    _net, optimizer = sharded()  # FSDP wants the model to live
+    _, alone = planned(process_group=dist.new_subgroups(1)[0])
+    norms = []
+    for opt in (optimizer, alone):
+        scores = ChannelScores(opt.plan)
+        scores.source = "weights"
+        norms.append(scores.following(opt._all_slots(), None))
+    assert all(torch.allclose(norms[0][name], norms[1][name]) for name in optimizer.plan.pool)
 
 
 def check_the_wrong_order_is_named(folder):
