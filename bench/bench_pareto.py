@@ -15,8 +15,9 @@ from trady_triton.bench.runner import Case, Runner
 from trady_triton.bench.store import Store
 from trady_triton.bench.tables import wide_console
 
-# The first five are TraDy and its rival by issue: the same pool trained dense, with and without checkpointing.
-METHODS = ("trady-lean", "trady", "trady-small", "pool", "pool-ckpt", "last-lean", "last", "full", "full-ckpt", "head")
+# TraDy, its pool trained dense and the last blocks decide; the others come after them, if the time suffices.
+DECIDING = ("trady-lean", "trady", "pool", "pool-ckpt", "last", "last-lean")
+OTHERS = ("trady-small", "full", "full-ckpt", "head")
 
 
 def micro_batches(batch: int) -> list[int]:
@@ -30,7 +31,8 @@ def micro_batches(batch: int) -> list[int]:
 def cases_of(nets: list[Net], budgets: tuple[str, ...], repeats: int) -> list[Case]:
     """The grid: net x method x micro-batch."""
     return [Case(net, method, budgets, repeats, size)
-            for net in nets for size in micro_batches(net.batch) for method in METHODS]  # fmt: skip
+            for methods in (DECIDING, OTHERS)
+            for net in nets for size in micro_batches(net.batch) for method in methods]  # fmt: skip
 
 
 def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None = None) -> Store:

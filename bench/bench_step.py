@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from trady_triton.bench.config import RESULTS, device_of, nets_of, results_folder, settings
-from trady_triton.bench.methods import METHODS
+from trady_triton.bench.methods import METHODS, in_order
 from trady_triton.bench.runner import Case, Runner
 from trady_triton.bench.store import Store
 from trady_triton.bench.tables import show_steps, wide_console
@@ -18,13 +18,15 @@ LEFT_OUT = "left out on this net: it compiles for minutes; settings.json says wh
 
 
 def cases_of(mode: str, names: list[str] | None = None, methods: list[str] | None = None) -> list[Case]:
-    """The grid of a mode."""
+    """The grid of a mode; of every net the methods that matter most come first, in case the time does not suffice."""
     content = settings(mode)
-    return [
-        Case(net, method, tuple(content["budgets"]), content["repeats"])
+    repeats = {name: sizes.get("repeats", content["repeats"]) for name, sizes in content["nets"].items()}
+    cases = [
+        Case(net, method, tuple(content["budgets"]), repeats[net.name])
         for net in nets_of(mode, names)
         for method in methods or METHODS
     ]
+    return sorted(cases, key=lambda case: not METHODS[case.method].is_key)
 
 
 def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None = None) -> Store:
@@ -45,7 +47,7 @@ def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None 
 def show(store: Store, mode: str, console: Console) -> None:
     """Print the tables, net by net."""
     for net in nets_of(mode):
-        show_steps(console, [row for row in store.rows.values() if row["net"] == net.name])
+        show_steps(console, in_order(row for row in store.rows.values() if row["net"] == net.name))
 
 
 def main(

@@ -71,8 +71,8 @@ class Bench:
     def _measured(self, method: Method, setup: Setup, step: Step) -> dict[str, Any]:
         training = method.set_up(copy.deepcopy(self.model), setup)
         counts = count(training, step, self.weight_bytes, method.is_compiled)
-        if training.plan is not None:
-            counts |= self._predicted(training.plan, counts["epoch"], step.micro_batch)
+        if training.plan is not None and step.micro_batch is None:
+            counts |= self._predicted(training.plan, counts["epoch"])
         times, full = self._timed(training, step)
         return counts | {
             "ms": [1e3 * t for t in times],
@@ -80,10 +80,9 @@ class Bench:
             "ratio": statistics.median(times) / statistics.median(full),
         }
 
-    def _predicted(self, plan: Plan, epoch: int, micro_batch: int | None) -> dict[str, Any]:
+    def _predicted(self, plan: Plan, epoch: int) -> dict[str, Any]:
         """What the plan's ledger says of the same step, without running it."""
-        book = ledger(self.model, plan, self.net.input_shape, epoch=epoch, autocast=self.net.autocast,
-                      micro_batch=micro_batch)  # fmt: skip
+        book = ledger(self.model, plan, self.net.input_shape, epoch=epoch, autocast=self.net.autocast)
         return {
             "budget_bytes": plan.budget,
             "used_bytes": plan.used(plan.sample(epoch)),

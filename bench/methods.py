@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,11 @@ class Method:
     is_compiled: bool = False
     is_costly: bool = False
 
+    @property
+    def is_key(self) -> bool:
+        """Whether it is TraDy or one of the rivals that decide."""
+        return self.build in _KEY
+
     def set_up(self, model: nn.Module, setup: Setup, lossless: bool = False) -> Training:
         """Build it.
 
@@ -53,6 +58,9 @@ class Method:
         torch.manual_seed(0)
         return self.build(model, replace(setup, options=options))
 
+
+_KEY = (partial.full, partial.head_only, partial.last_blocks, partial.pool_dense, checkpointing.full,
+        checkpointing.pool_dense, adapters.lora, planned.trady, planned.trady_lean, planned.last_blocks)  # fmt: skip
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", partial.full),
@@ -87,3 +95,9 @@ METHODS: dict[str, Method] = {
     "trady-large": Method("TraDy, large budget", planned.trady, "channels", budget=2),
     "trady-lean": Method("TraDy, middle budget, nothing recomputed", planned.trady_lean, "channels", budget=1),
 }  # fmt: skip
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order of the table."""
+    order = list(METHODS)
+    return sorted(rows, key=lambda row: order.index(row["method"]))

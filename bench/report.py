@@ -10,6 +10,7 @@ import typer
 
 from trady_triton.bench.config import RESULTS
 from trady_triton.bench.equal_memory import TIE, front, points, verdict_table, verdicts
+from trady_triton.bench.methods import in_order
 from trady_triton.bench.plots import plot_pareto
 from trady_triton.bench.readme import fill
 from trady_triton.bench.store import KIND
@@ -109,7 +110,7 @@ def _by_net(content: dict[str, Any]) -> dict[str, list[Row]]:
     nets: dict[str, list[Row]] = {}
     for row in content["cases"].values():
         nets.setdefault(row["net"], []).append(row)
-    return nets
+    return {net: in_order(rows) for net, rows in nets.items()}
 
 
 def _sizes(row: Row) -> str:

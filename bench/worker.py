@@ -15,9 +15,12 @@ MARK = "@case "
 def main() -> None:
     """Run a job: {"net": ..., "budgets": [...], "repeats": n, "cases": [[method, micro batch], ...]}."""
     job: dict[str, Any] = json.loads(sys.stdin.read())
+    import torch
+
     from trady_triton.bench.case import Bench
     from trady_triton.bench.nets import Net
 
+    torch.backends.cudnn.benchmark = True  # as timm's training script has it
     bench = Bench(Net.from_dict(job["net"]), job["budgets"], job["repeats"])
     for method, micro_batch in job["cases"]:
         print(MARK + json.dumps(bench.run(method, micro_batch)), flush=True)
