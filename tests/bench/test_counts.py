@@ -1,0 +1,74 @@
+"""What a row counts, against cases counted by hand; layers of the kernels' benchmark against autograd."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from trady_triton.bench.bench_ops import check
+from trady_triton.bench.case import count, inference_peak
+from trady_triton.bench.layers import Layer, layers, work
+from trady_triton.bench.roofs import Roofs
+from trady_triton.bench.training import Training
+from trady_triton.rehearsal import Step
+
+FLOAT = 4
+
+
+def small() -> tuple[nn.Sequential, Step]:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 5, bias=False))
+    return model, Step(torch.randn(7, 3), torch.arange(7) % 5)
+
+
+def test_the_peak_of_inference_is_the_widest_place_of_the_forward() -> None:
+    model, step = small()
+    # the second Linear has its input [7, 4] and its output [7, 5]; the ReLU has only two of [7, 4]
+    assert inference_peak(model, step) == (7 * 5 + 7 * 4) * FLOAT
+    assert model.training
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_a_row_counts_state_beside_activations_and_flops_by_kind(kind) -> None:
+    model, step = small()
+    row = count(Training(model, kind(model.parameters(), lr=0.1), {"0.weight", "2.weight"}), step)
+    weights = 3 * 4 + 4 * 5
+    state = 0 if kind is SGD else (2 * weights + 2) * FLOAT  # two moments, and a step count for each of two weights
+    assert row["state_bytes"] == state
+    loss_keeps = 7 * 5 * FLOAT + FLOAT  # log-probabilities and the total weight; labels are part of the batch
+    batch = 7 * 3 * FLOAT
+    assert row["kept_bytes"] == batch + 7 * 4 * FLOAT + loss_keeps + 7 * 8
+    assert row["peak_bytes"] >= weights * FLOAT + state
+    assert row["forward_flops"] == 2 * 7 * weights
+    assert row["wgrad_flops"] == 2 * 7 * weights
+    assert row["dgrad_flops"] == 2 * 7 * 4 * 5  # nobody needs dX of the first
+
+
+def test_adapters_count_as_memory_beyond_the_net() -> None:
+    model, step = small()
+    plain = sum(p.numel() * FLOAT for p in model.parameters())
+    model[0].adapter = nn.Parameter(torch.zeros(10))
+    row = count(Training(model, SGD(model.parameters(), lr=0.1), {"0.weight", "2.weight"}), step, plain)
+    assert row["extra_weight_bytes"] == 10 * FLOAT
+
+
+@pytest.mark.parametrize("layer", layers(), ids=lambda layer: layer.name)
+def test_the_layers_of_the_benchmark_compute_the_drawn_columns_of_the_dense_gradient(layer: Layer) -> None:
+    one = work(layer, 1, "cpu", torch.float32)
+    check(one, layer)
+    assert one.sparse_flops * layer.in_channels == one.dense_flops * layer.drawn
+    assert 0 < one.sparse_bytes < one.dense_bytes
+
+
+def test_a_wrong_kernel_is_not_timed() -> None:
+    layer = layers()[1]
+    one = work(layer, 1, "cpu", torch.float32)
+    right = one.sparse()
+    object.__setattr__(one, "sparse", lambda: 1.001 * right)
+    with pytest.raises(AssertionError, match="dW errs by 0.001"):
+        check(one, layer)
+
+
+def test_the_floor_is_the_longer_of_bytes_and_flops() -> None:
+    roofs = Roofs(gbytes_per_s=10.0, tflops=2.0)
+    assert roofs.floor(10**10, 10**12) == 1.0
+    assert roofs.floor(10**9, 4 * 10**12) == 2.0
