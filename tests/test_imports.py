@@ -91,12 +91,11 @@ def test_every_room_is_in_the_table():
         ("hf", {"torch", "transformers"}),
         ("hf_layers", {"torch", "transformers"}),
         ("lightning", {"torch", "lightning"}),
-        ("rounds", set()),
     ],
 )
 def test_an_integration_needs_the_core_and_its_package_alone(file, packages):
     path = ROOT / "trady_triton" / "integrations" / f"{file}.py"
-    core = {"integrations", "nn", "optimizer", "policy", "sampling"}
+    core = {"integrations", "nn", "optimizer", "policy"}
     assert imported(path) <= packages | core
 
 

@@ -45,12 +45,12 @@ def planned(budget=1500, **options):
 
 
 class Sentences:
-    """The tokenised sentences of one split of a file of the data folder."""
+    """The tokenised sentences of one split of a file of the data folder, up to a length."""
 
-    def __init__(self, path, split):
+    def __init__(self, path, split, longest):
         with np.load(path) as file:
             self.ids, self.offset, self.label = (file[name] for name in ("ids", "offset", "label"))
-            self.rows = np.flatnonzero(file["split"] == split)
+            self.rows = np.flatnonzero((file["split"] == split) & (np.diff(self.offset) <= longest))
 
     def __len__(self):
         return len(self.rows)

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of few workers and missing 
 class Task(LightningModule):
     """The toy network; `draws` holds the draw that each step was trained with."""
 
-    def __init__(self, plan, make=TraDyOptimizer):
+    def __init__(self, plan, make=TraDyOptimizer, **options):
         super().__init__()
         self.net = apply_plan(toy_net(), plan)
-        self.make = make
+        self.make, self.options = make, options
         self.draws = []
 
     def training_step(self, batch, index):
@@ -34,10 +34,10 @@ class Task(LightningModule):
         return F.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self):
-        return self.make(self.net.parameters(), lr=0.1)
+        return self.make(self.net.parameters(), lr=0.1, **self.options)
 
 
-def fit(task, every="epoch", ckpt_path=None, callbacks=(), **options):
+def fit(task, ckpt_path=None, callbacks=(), **options):
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=options.pop("max_epochs", 2),
@@ -45,7 +45,7 @@ def fit(task, every="epoch", ckpt_path=None, callbacks=(), **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        callbacks=[TraDyCallback(every), *callbacks],
+        callbacks=[TraDyCallback(), *callbacks],
         **options,
     )
     loader = torch.utils.data.DataLoader(toy_batches(6), batch_size=None)
@@ -85,7 +85,7 @@ def test_a_fit_equals_a_loop_written_by_hand(options):
 
 
 def test_channels_are_drawn_by_step_and_not_inside_an_accumulation_window():
-    task = fit(Task(toy_plan(toy_net())), every=2, accumulate_grad_batches=2)
+    task = fit(Task(toy_plan(toy_net()), resample_every=2), accumulate_grad_batches=2)
     assert task.draws == [0] * 4 + [1] * 4 + [2] * 4  # 2 steps of 2 batches each
 
 
@@ -98,11 +98,11 @@ class Stop(Callback):
 @pytest.mark.parametrize("every", ["epoch", 5])
 def test_a_run_stopped_in_mid_epoch_trains_the_same_channels(tmp_path, every):
     plan = toy_plan(toy_net())
-    whole = fit(Task(plan), every)
+    whole = fit(Task(plan, resample_every=every))
     saved = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(Task(plan), every, callbacks=[saved, Stop()])
-    resumed = fit(Task(plan), every, ckpt_path=tmp_path / "step=8.ckpt")
+        fit(Task(plan, resample_every=every), callbacks=[saved, Stop()])
+    resumed = fit(Task(plan, resample_every=every), ckpt_path=tmp_path / "step=8.ckpt")
     assert resumed.draws == whole.draws[8:]
 
 

@@ -6,31 +6,28 @@ trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None),
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trady_triton.integrations.accelerate import unwrap_optimizer
-from trady_triton.integrations.rounds import check_every
 
 
 class TraDyCallback(TrainerCallback):  # type: ignore[misc]
-    """Draws new channels in every epoch, or every `every` optimizer steps, and never inside an accumulation window.
+    """Draws new channels in every epoch; an optimizer with `resample_every=n` draws them itself, every n steps.
 
-    What is drawn follows from the trainer's epoch and step alone, so a run that is resumed in mid-epoch trains the
-    channels that it was stopped with. Trainer clips and clears `model.parameters()`, among which compact gradients are
-    not; so the callback takes over the `max_grad_norm` of the arguments while it trains, clips everything that is
-    trained as one, and clears the compact gradients after each step.
+    What is drawn follows from the trainer's epoch, or from the optimizer's count of steps, so a run that is resumed in
+    mid-epoch trains the channels that it was stopped with.
 
-    Args:
-        every: "epoch", or a number of optimizer steps.
+    Trainer clips and clears `model.parameters()`, among which compact gradients are not. So an optimizer without
+    `max_grad_norm` takes over that of the arguments for the training, which clips everything that is trained as one,
+    and the callback clears the compact gradients after each step. The norm that Trainer logs lacks the compact ones.
     """
 
-    def __init__(self, every: int | str = "epoch") -> None:
-        self.every = check_every(every)
-        self.max_grad_norm = 0.0
+    def __init__(self) -> None:
+        self._taken_over: float | None = None
 
     def on_train_begin(
         self,
@@ -40,37 +37,27 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take over the clipping; raises TypeError where the trainer has another optimizer."""
-        unwrap_optimizer(optimizer)
-        self.max_grad_norm, args.max_grad_norm = args.max_grad_norm or 0.0, 0.0
+        """Let the optimizer clip; raises TypeError where the trainer has another optimizer."""
+        inner = unwrap_optimizer(optimizer)
+        if inner.max_grad_norm is None:
+            self._taken_over = args.max_grad_norm
+            inner.max_grad_norm, args.max_grad_norm = args.max_grad_norm or math.inf, 0.0
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Give the clipping back."""
-        args.max_grad_norm = self.max_grad_norm
+        if self._taken_over is not None:
+            unwrap_optimizer(optimizer).max_grad_norm, args.max_grad_norm = None, self._taken_over
+            self._taken_over = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Draw the channels of the epoch."""
-        if self.every == "epoch":
-            unwrap_optimizer(optimizer).resample(int(state.epoch or 0))
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
-    ) -> None:
-        """Draw the channels of the next steps."""
-        if isinstance(self.every, int):
-            unwrap_optimizer(optimizer).resample(state.global_step // self.every)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
-    ) -> None:
-        """Clip compact and whole gradients as one; Trainer has unscaled them, to log their norm."""
-        if self.max_grad_norm > 0:
-            unwrap_optimizer(optimizer).synchronize()
-            clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.max_grad_norm)
+        inner = unwrap_optimizer(optimizer)
+        if inner.resample_every == "epoch":
+            inner.resample(int(state.epoch or 0))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
