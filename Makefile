@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo bench bench-gpu test test-gpu test-oldest lint clean
+.PHONY: demo bench bench-gpu test test-gpu test-compat lint clean
 
 # Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
@@ -19,7 +19,7 @@ test-gpu: $(VENV)/.dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 # The same suite with the oldest torch and triton that are supported.
-test-oldest: $(OLDEST)/.dev
+test-compat: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest
 
 # Numbers in bench/results; a stopped run goes on. On a GPU: make bench-gpu. For a first look: make bench MODE=quick.

@@ -30,7 +30,7 @@ ALLOWED = {
     "plan": {"torch", "cost", "policy", "pooling", "ranking", "sampling", "serial", "strategies"},
     "ops": {"torch", "triton"},
     "functional": {"torch", "cost", "ops", "slot"},
-    "nn": {*CORE, "batch", "cost", "functional", "plan", "policy", "registry", "slot"},
+    "nn": {*CORE, "batch", "cost", "functional", "ops", "plan", "policy", "registry", "slot"},
     "delta": {*CORE, "ranking", "safetensors", "serial"},
     "states": {"torch", "slot"},
     "update": {"torch", "ops", "sharding", "slot", "states"},

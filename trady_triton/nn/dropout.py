@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trady_triton.nn.bits import pack_bits, unpack_bits
 from trady_triton.nn.graph import builds_graph
 from trady_triton.nn.parts import parts
+from trady_triton.ops.bits import pack_bits, unpack_bits
 
 
 class _PackedDropout(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Kernels with a torch twin each: compact stores, sparse weight gradients, fused updates, packed derivatives."""
 
-from trady_triton.ops.act_pack import act_pack, act_unpack
+from trady_triton.ops.act_pack import act_pack, act_pack_, act_unpack
 from trady_triton.ops.act_store import act_store
 from trady_triton.ops.bias_grad import bias_grad
 from trady_triton.ops.conv_wgrad import conv_wgrad
@@ -16,6 +16,7 @@ from trady_triton.ops.wgrad_norm import conv_wgrad_sqnorm, wgrad_sqnorm
 
 __all__ = [
     "act_pack",
+    "act_pack_",
     "act_store",
     "act_unpack",
     "adamw_corrections",

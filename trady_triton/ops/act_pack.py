@@ -8,22 +8,18 @@ y's strides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 
 import torch
 
-from trady_triton.ops.activation import EXACT, SMOOTH, activate, activation_ref, bounds, derivative_ref
+from trady_triton.ops.activation import EXACT, SMOOTH, activate, activate_into, bounds, derivative_ref
+from trady_triton.ops.bits import pack, pack_bits, spread_bits
 from trady_triton.ops.dispatch import jit, launch, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.philox import random16, random16_ref
 from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
 
-_GATHER_BITS = 0x0102040810204080  # times eight bytes 0/1: byte i becomes bit i of the top byte
-_GATHER_PAIRS = (
-    1 << 24 | 1 << 18 | 1 << 12 | 1 << 6
-)  # times four bytes 0..3: byte i becomes bits 2i, 2i+1 of the top byte
-_SPREAD_BITS = 0x0101010101010101
-_PICK_BITS = 0x8040201008040201 - (1 << 64)
-_CHUNK = 1 << 17
+_CHUNK = 1 << 19
 
 
 @jit
@@ -106,19 +102,18 @@ def code_bytes(num_elements: int, bits: int) -> int:
     return (num_elements * bits + 7) // 8
 
 
-def _pack_bits(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes 0 .. 2^bits - 1, a whole number of codes, packed with one integer product each (little endian)."""
-    if bits == 1:
-        return values.view(torch.int64).mul(_GATHER_BITS).view(torch.uint8)[7::8].contiguous()
-    return values.view(torch.int32).mul(_GATHER_PAIRS).view(torch.uint8)[3::4].contiguous()
+def _exact_code(t: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Bits where t, clamped to [low, high], is neither; NaN is not.
 
-
-def _exact_code(x: torch.Tensor, kind: str, low: float, high: float) -> torch.Tensor:
-    dead = torch.ones(8 * code_bytes(x.numel(), 1), dtype=torch.bool, device=x.device)
-    torch.le(x, low, out=dead[: x.numel()])
-    if kind != "relu":
-        dead[: x.numel()] |= x >= high
-    return _pack_bits(dead, 1).bitwise_not_()
+    By casts of what is not 0, because torch's comparisons take four times as long on a CPU.
+    """
+    if isfinite(low) and (isfinite(high) or low == 0):
+        alive = (t if low == 0 else t - low).to(torch.bool)
+        if isfinite(high):
+            alive.logical_and_((high - t).to(torch.bool))
+    else:
+        alive = torch.le(t, low).logical_or_(t >= high).logical_not_()
+    return pack_bits(alive)
 
 
 def _smooth_code(x: torch.Tensor, kind: str, bits: int, seed: torch.Tensor | None, start: int) -> torch.Tensor:
@@ -127,7 +122,7 @@ def _smooth_code(x: torch.Tensor, kind: str, bits: int, seed: torch.Tensor | Non
         level = torch.zeros(4 * code_bytes(n, 2), dtype=torch.uint8, device=x.device)
         for threshold in smooth.thresholds:
             level[:n] += d > threshold
-        return _pack_bits(level, 2)
+        return pack(level, 2)
     noise: float | torch.Tensor = 0.5
     if seed is not None:
         counter = start // 8 + torch.arange(-(-n // 8), device=x.device)
@@ -139,18 +134,26 @@ def act_pack_ref(
     x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the op act_pack computes, in torch."""
-    stride = torch.empty_like(x, device="meta").stride()
-    flat, n = _flat(_in_layout(x, stride)), x.numel()
-    code = torch.empty(code_bytes(n, bits), dtype=torch.uint8, device=x.device)
-    for part in _chunks(n):
-        exact = bits == 1
-        chunk = (
-            _exact_code(flat[part], kind, low, high)
-            if exact
-            else _smooth_code(flat[part], kind, bits, seed, part.start)
-        )
-        code[part.start * bits // 8 :][: chunk.numel()] = chunk
-    return activation_ref(flat, kind, low, high).as_strided(x.shape, stride), code
+    y = torch.empty_like(x)
+    return y, _pack_into(_flat(_in_layout(x, y.stride())), _flat(y), kind, bits, (low, high), seed)
+
+
+def _pack_into(
+    x: torch.Tensor, y: torch.Tensor, kind: str, bits: int, limits: tuple[float, float], seed: torch.Tensor | None
+) -> torch.Tensor:
+    """Write the activation of x [n] to y [n], which may be x, and return the codes."""
+    code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    for part in _chunks(x.numel()):
+        chunk, out = x[part], y[part]
+        if bits == 1:
+            clamped = chunk.clamp(*limits) if kind == "hardsigmoid" else out
+            activate_into(chunk, kind, *limits, out)
+            packed = _exact_code(clamped, *limits)
+        else:
+            packed = _smooth_code(chunk, kind, bits, seed, part.start)
+            activate_into(chunk, kind, *limits, out)
+        code[part.start * bits // 8 :][: packed.numel()] = packed
+    return code
 
 
 def act_unpack_ref(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
@@ -169,7 +172,7 @@ def act_unpack_ref(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, s
 
 def _pass_alive(dy: torch.Tensor, code: torch.Tensor, slope: float, dx: torch.Tensor) -> None:
     """dx = dy * slope where the bit is set, else 0; NaN and inf do not pass a cleared bit."""
-    alive = code.to(torch.int64).mul_(_SPREAD_BITS).bitwise_and_(_PICK_BITS).view(torch.uint8)[: dy.numel()]
+    alive = spread_bits(code)[: dy.numel()]
     torch.ops.aten.threshold_backward(dy, alive.to(dy.dtype), 0, grad_input=dx)  # far faster than torch.where on a CPU
     if slope != 1:
         dx.mul_(slope)
@@ -208,14 +211,34 @@ def _pack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not use_triton(x):
         return act_pack_ref(x, kind, bits, low, high, seed)
-    y, n = torch.empty_like(x), x.numel()
-    code = torch.empty(code_bytes(n, bits), dtype=torch.uint8, device=x.device)
-    if n:
+    y = torch.empty_like(x)
+    code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    _launch_pack(_in_layout(x, y.stride()), y, code, kind, bits, low, high, seed)
+    return y, code
+
+
+def _launch_pack(
+    x: torch.Tensor, y: torch.Tensor, code: torch.Tensor, kind: str, bits: int, low: float, high: float,
+    seed: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """x and y are dense in the same layout, or one."""
+    if n := x.numel():
         config = select_config("act_pack", {"n": n}, x.dtype, Arch.of(x.device))
         grid = (-(-n // config.meta["BLOCK"]),)
-        launch(_pack_kernel, grid, _in_layout(x, y.stride()), y, code, seed, n, low, high,
-               config=config, KIND=kind, **code_constants(kind, bits))  # fmt: skip
-    return y, code
+        launch(_pack_kernel, grid, x, y, code, seed, n, low, high, config=config, KIND=kind,
+               **code_constants(kind, bits))  # fmt: skip
+
+
+def _pack_(x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None) -> torch.Tensor:
+    if x.stride() != torch.empty_like(x, device="meta").stride():
+        y, code = _pack(x, kind, bits, low, high, seed)
+        x.copy_(y)
+        return code
+    if not use_triton(x):
+        return _pack_into(_flat(x), _flat(x), kind, bits, (low, high), seed)
+    code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    _launch_pack(x, x, code, kind, bits, low, high, seed)
+    return code
 
 
 def _unpack(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
@@ -239,12 +262,21 @@ def _fake_pack(
     return torch.empty_like(x), x.new_empty(code_bytes(x.numel(), bits), dtype=torch.uint8)
 
 
+def _fake_pack_(
+    x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(code_bytes(x.numel(), bits), dtype=torch.uint8)
+
+
 def _fake_unpack(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
     return dy.new_empty_strided(dy.shape, stride)
 
 
 _pack_op = register_op(
     "act_pack(Tensor x, str kind, int bits, float low, float high, Tensor? seed) -> (Tensor, Tensor)", _pack, _fake_pack
+)
+_pack_in_place_op = register_op(
+    "act_pack_(Tensor(a!) x, str kind, int bits, float low, float high, Tensor? seed) -> Tensor", _pack_, _fake_pack_
 )
 _unpack_op = register_op(
     "act_unpack(Tensor dy, Tensor code, str kind, int bits, SymInt[] stride) -> Tensor", _unpack, _fake_unpack
@@ -265,6 +297,17 @@ def act_pack(
     check_bits(kind, bits, seed)
     y, code = _pack_op(x, kind, bits, lower, upper, seed)
     return y, code
+
+
+def act_pack_(
+    x: torch.Tensor, kind: str, bits: int, low: float | None = None, high: float | None = None,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The code alone; x becomes its activation. Otherwise as `act_pack`."""
+    lower, upper = bounds(kind, low, high)
+    check_bits(kind, bits, seed)
+    code: torch.Tensor = _pack_in_place_op(x, kind, bits, lower, upper, seed)
+    return code
 
 
 def act_unpack(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:

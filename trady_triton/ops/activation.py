@@ -9,11 +9,9 @@ levels minimise the squared error for a standard normal input, as Lloyd and Max 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from trady_triton.ops.dispatch import jit, tl
 
@@ -49,22 +47,13 @@ EXACT = {
     "relu": Exact(0.0, float("inf")),
     "relu6": Exact(0.0, 6.0),
     "hardtanh": Exact(-1.0, 1.0),
-    "hardsigmoid": Exact(-3.0, 3.0, 1 / 6),
+    "hardsigmoid": Exact(-3.0, 3.0, 0.1666666716337204),  # 1/6 rounded to float32, as torch has it in every dtype
 }
 SMOOTH = {  # derivative ranges: GELU [-0.1290, 1.1290], SiLU [-0.0999, 1.0999], Hardswish [-0.5, 1.5]
     "gelu": Smooth(27, (-0.0463, 0.3129, 0.6876, 1.0465)),
     "gelu_tanh": Smooth(27, (-0.0463, 0.3129, 0.6876, 1.0464)),
     "silu": Smooth(22, (0.0335, 0.3445, 0.6556, 0.9665)),
     "hardswish": Smooth(64, (0.0061, 0.3515, 0.6487, 0.9939)),
-}
-
-_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardsigmoid": F.hardsigmoid,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
 }
 
 
@@ -95,14 +84,19 @@ def activate(x, low, high, KIND: tl.constexpr):
             return clamped, inside
 
 
-def activation_ref(x: torch.Tensor, kind: str, low: float, high: float) -> torch.Tensor:
-    """The activation as torch computes it; only hardtanh reads low and high."""
-    if kind == "hardtanh":
-        return F.hardtanh(x, low, high)
-    if kind == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    y: torch.Tensor = _FUNCTIONS[kind](x)
-    return y
+def activate_into(x: torch.Tensor, kind: str, low: float, high: float, out: torch.Tensor) -> None:
+    """The activation by torch's own kernels; `out` may be x. Only hardtanh reads low and high."""
+    aten = torch.ops.aten
+    if kind == "relu":
+        aten.clamp_min.out(x, 0, out=out)
+    elif kind in ("relu6", "hardtanh"):
+        aten.clamp.out(x, low, high, out=out)
+    elif kind in ("gelu", "gelu_tanh"):
+        aten.gelu.out(x, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
+    elif kind == "silu":
+        aten.silu.out(x, out=out)
+    else:
+        {"hardsigmoid": aten.hardsigmoid, "hardswish": aten.hardswish}[kind].out(x, out=out)
 
 
 def derivative_ref(x: torch.Tensor, kind: str) -> torch.Tensor:
