@@ -24,12 +24,15 @@ class Policy:
             APPROXIMATION whose error grows with the depth.
         attention: "keep" keeps q, k, v and the output; "recompute" the input alone, exactly, for a second forward.
         recompute: names of modules that keep their input alone and run again in the backward, exactly.
+        recompute_parts: how many parts of the batch such a module runs one after another, if its first argument alone
+            is of the batch: what it needs for a moment is divided by as much. Smaller products may round otherwise.
     """
 
     batch_norm: str = "eval"
     activations: str | int = "exact"
     attention: str = "keep"
     recompute: tuple[str, ...] = ()
+    recompute_parts: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.recompute, str):
@@ -38,6 +41,12 @@ class Policy:
         for name, choices in (("batch_norm", BATCH_NORM), ("activations", ACTIVATIONS), ("attention", ATTENTION)):
             if (value := getattr(self, name)) not in choices or isinstance(value, bool):
                 raise ValueError(f"{name} {value!r}: wanted one of {', '.join(map(repr, choices))}")
+        if (
+            isinstance(self.recompute_parts, bool)
+            or not isinstance(self.recompute_parts, int)
+            or self.recompute_parts < 1
+        ):
+            raise ValueError(f"recompute_parts {self.recompute_parts!r}: wanted an integer of at least 1")
         if self.recompute and self.batch_norm == "train":
             raise ValueError("recompute with batch_norm 'train': the second run would update the running statistics "
                              "again; wanted batch_norm 'eval'")  # fmt: skip

@@ -42,7 +42,15 @@ def test_plans_of_other_policies_have_other_fingerprints():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"activations": 4}, {"activations": True}, {"batch_norm": "off"}, {"attention": 1}, {"recompute": "blocks.0"}],
+    [
+        {"activations": 4},
+        {"activations": True},
+        {"batch_norm": "off"},
+        {"attention": 1},
+        {"recompute": "blocks.0"},
+        {"recompute_parts": 0},
+        {"recompute_parts": 1.5},
+    ],
 )
 def test_an_unknown_choice_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

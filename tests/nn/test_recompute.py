@@ -15,6 +15,7 @@ from test_exact_nets import assert_same
 from torch import Tensor, nn
 
 from trady_triton import TraDyOptimizer, apply_plan, remove_plan
+from trady_triton.meters import peak_memory
 from trady_triton.nn.choose import blocks, choose_recompute
 from trady_triton.nn.recompute import recomputed
 from trady_triton.policy import Policy
@@ -28,7 +29,12 @@ SMALL = {
     "regnety_002": (32, {}),
     "densenet121": (32, {}),
 }
-EXACT = {"lean": {}, "attention": {"attention": "recompute"}, "blocks": {"recompute": True}}
+EXACT = {
+    "lean": {},
+    "attention": {"attention": "recompute"},
+    "blocks": {"recompute": True},
+    "parts": {"recompute": True, "recompute_parts": 2},
+}
 CASES = [
     (name, policy) for name in SMALL for policy in EXACT if policy != "attention" or name.startswith(("vit", "swin"))
 ]
@@ -65,13 +71,16 @@ def test_exact_policies_have_the_gradients_of_the_plain_net(name, policy):
     plain = random_net(name, **options)
     model, x = copy.deepcopy(plain), torch.randn(2, 3, size, size, dtype=torch.float64)
     plan = plan_at(model, x, (0.0, 0.4, 0.9))
-    chosen = {**EXACT[policy], "recompute": blocks(model) if policy == "blocks" else ()}
+    chosen = {**EXACT[policy], "recompute": blocks(model) if "recompute" in EXACT[policy] else ()}
     apply_plan(model, replace(plan, policy=Policy(**chosen)))
     drawn = {layer: range(0, plan.shapes[layer].in_channels, 2) for layer in plan.pool}
     for layer, channels in drawn.items():
         model.get_submodule(layer).slot.set(channels)
     lean, dense = (gradients(net, x, drawn, plan.head[0]) for net in (model, plain))
-    assert torch.equal(lean[0], dense[0])
+    if policy == "parts":
+        assert_same(lean[0], dense[0])  # products of other sizes
+    else:
+        assert torch.equal(lean[0], dense[0])
     for ours, theirs in zip(lean[1:], dense[1:], strict=True):
         assert_same(ours, theirs)
 
@@ -148,6 +157,48 @@ def test_chosen_exact_policy_keeps_few_bytes(name, bar):
         lean = kept_bytes(partial(fake, torch.empty(shape)), fake)[1]
     assert plan.policy.is_exact
     assert full >= bar * lean, f"{full / 1e6:.1f} MB / {lean / 1e6:.2f} MB = {full / lean:.1f}"
+
+
+def test_parts_keep_the_same_bytes_and_need_less_at_once():
+    plain = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)).requires_grad_(False)
+    module, x = recomputed_copy(plain), torch.randn(16, 8)
+    kept, peaks = [], []
+    for parts in (1, 2, 4):
+        module.policy = Policy(recompute_parts=parts)
+        start = x.clone().requires_grad_() * 1
+        y, size = kept_bytes(partial(module, start), module)
+        kept.append(size)
+        with peak_memory() as memory:
+            y.sum().backward()
+        peaks.append(memory.peak_bytes)
+    assert kept == [x.numel() * 4] * 3
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_a_batch_is_not_parted_where_another_argument_is_of_the_batch_too():
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            seen.append((len(x), len(y)))
+            return super().forward(x + y)
+
+    module = recomputed_copy(Spy(3, 3))
+    module.policy = Policy(recompute_parts=2)
+    module(torch.randn(4, 3), torch.randn(4, 3))
+    module(torch.randn(4, 3), torch.randn(3))
+    assert seen[:3] == [(4, 4), (2, 3), (2, 3)]
+
+
+def test_parts_of_a_tuple_are_refused():
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, super().forward(x)
+
+    module = recomputed_copy(Pair(3, 3))
+    module.policy = Policy(recompute_parts=2)
+    with pytest.raises(TypeError, match=r"recompute_parts 2: .*Pair returns tuple, wanted a tensor"):
+        module(torch.randn(4, 3))
 
 
 def recomputed_copy(module: nn.Module) -> nn.Module:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from trady_triton.policy import Policy
+
 _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -28,7 +30,7 @@ def _make_recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (kind,), vars(self).copy()
 
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "policy": Policy()}
     return type(f"Recomputed{kind.__name__}", (kind,), body)
 
 
@@ -38,7 +40,26 @@ def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, *
         return forward(*args, **kwargs)
     # The lists of the arguments are copied: DenseNet appends to its list of features after the call.
     args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    parts = _parts(module, args, kwargs)
+    if parts < 2:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    x, *others = args
+    run = partial(checkpoint, forward, use_reentrant=False)
+    outputs = [run(part, *others, **kwargs) for part in x.chunk(parts)]
+    if not isinstance(outputs[0], Tensor):
+        raise TypeError(
+            f"recompute_parts {parts}: {type(module).__name__} returns {type(outputs[0]).__name__}, wanted a tensor"
+        )
+    return torch.cat(outputs)
+
+
+def _parts(module: nn.Module, args: Any, kwargs: Any) -> int:
+    """How many parts the batch is run in: one where something else than the first argument may be of the batch."""
+    wanted: int = getattr(module, "policy", Policy()).recompute_parts
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+        return 1
+    others = [value for value in tree_leaves((args[1:], kwargs)) if isinstance(value, Tensor)]
+    return 1 if any(len(args[0]) in tensor.shape[:1] for tensor in others) else min(wanted, len(args[0]))
 
 
 def _records(module: nn.Module, inputs: Any) -> bool:
