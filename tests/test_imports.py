@@ -47,8 +47,9 @@ ALLOWED = {
     "microbatch": {"torch", "batch"},
     "rehearsal": {"torch", "batch", "microbatch", "nn", "optimizer", "plan", "slot"},
     "ledger": {"torch", "batch", "meters", "plan", "rehearsal", "serial"},
-    "promise": {"torch", "batch", "ledger", "meters", "nn", "plan", "policy", "ranking", "rehearsal", "slot"},
-    "planner": {"torch", "batch", "plan", "promise", "ranking", "strategies"},
+    "promise": {"torch", "batch", "meters", "nn", "plan", "rehearsal", "slot"},
+    "search": {"torch", "batch", "nn", "plan", "policy", "promise", "ranking", "rehearsal"},
+    "planner": {"torch", "batch", "plan", "ranking", "search", "strategies"},
     "__init__": {"delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 

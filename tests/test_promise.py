@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from random import Random
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from trady_triton.policy import Policy
 from trady_triton.promise import bound
 from trady_triton.ranking import LayerNorms, find_head
 from trady_triton.rehearsal import fake_copy, fake_step
+from trady_triton.search import WAYS
 
 SHAPE = (8, 3, 12, 12)
 
@@ -60,6 +62,97 @@ def test_no_epoch_exceeds_the_memory_with_the_optimizers_state(optimizer: str, o
     plan = make_plan(ranking, memory=memory, model=net, input_shape=SHAPE, coverage=1.0, optimizer=optimizer)
     totals = measured_totals(net, plan, torch.randn(SHAPE), torch.arange(8) % 5, epochs=10, **options)
     assert max(totals) <= memory
+
+
+NETS = {
+    "toy": (12, {}),
+    "mobilenetv2_035": (32, {}),
+    "mobilenetv3_small_050": (48, {}),
+    "regnety_002": (32, {}),
+    "convnext_atto": (32, {"depths": (1, 1, 2, 1)}),
+    "vit_tiny_patch16_224": (48, {"img_size": 48, "depth": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 4, 5, 10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 6, 7, 8, 9))]
+)
+def test_a_random_promise_is_kept(seed: int) -> None:
+    """A random net, memory, batch and whatever may be given up: no epoch takes more, nor does any layer alone."""
+    random = Random(seed)
+    torch.manual_seed(seed)
+    name = sorted(NETS)[seed % len(NETS)]
+    net, ranking, size = whole_network(name)
+    allow = random.sample(WAYS, random.randint(0, len(WAYS)))
+    x, y = torch.randn(random.choice([1, 3, 4]), 3, size, size), torch.zeros(1, dtype=torch.int64)
+    options = {"model": net, "input_shape": x.shape, "allow": allow, "coverage": random.choice([0.5, 1.0])}
+    with pytest.raises(ValueError, match="smallest workable") as refusal:
+        make_plan(ranking, memory=100, **options)
+    memory = int(random.choice([1.0, 1.02, 1.3, 2.0]) * int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1]))
+    plan = make_plan(ranking, memory=memory, **options)
+    assert max(measured_totals(net, plan, x, y.expand(len(x)).clone(), epochs=3)) <= memory
+    policy = plan.policy
+    assert "micro_batch" in allow or plan.micro_batch is None
+    assert "activations" in allow or policy.is_exact
+    assert "recompute" in allow or (policy.recompute, policy.attention) == ((), "keep")
+
+
+def whole_network(name: str) -> tuple[nn.Module, Ranking, int]:
+    size, options = NETS[name]
+    if name == "toy":
+        return *toy(), size
+    net = timm.create_model(name, num_classes=5, **options).eval()
+    shapes = shapes_in_order(net, torch.randn(1, 3, size, size))
+    layers = tuple(LayerNorms(layer, shape, (1.0,) * shape.in_channels) for layer, shape in shapes.items())
+    return net, Ranking(layers, find_head(net, list(shapes)), 1), size
+
+
+def least_of(allow: tuple[str, ...], name: str = "vit_tiny_patch16_224") -> int:
+    net, ranking, size = whole_network(name)
+    with pytest.raises(ValueError, match="smallest workable") as refusal:
+        make_plan(ranking, memory=100, model=net, input_shape=(4, 3, size, size), allow=allow, coverage=1.0)
+    missing = [way for way in WAYS if way not in allow]
+    assert not missing or f"{', '.join(missing)} could be allowed as well" in str(refusal.value)
+    return int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1])
+
+
+def test_what_may_be_given_up_makes_room() -> None:
+    nothing, *less = [least_of(allow) for allow in ((), ("recompute",), ("micro_batch",), ("activations",), WAYS)]
+    assert all(figure < nothing for figure in less)
+    assert less[-1] == min(less)
+
+
+def test_the_exact_is_given_up_before_the_approximate_and_that_before_the_pool() -> None:
+    net, ranking, size = whole_network("vit_tiny_patch16_224")
+    options = {"model": net, "input_shape": (4, 3, size, size), "allow": WAYS, "coverage": 1.0}
+    roomy = make_plan(ranking, memory="1GiB", **options)
+    assert (roomy.policy, roomy.micro_batch) == (Policy(), None)
+    least = least_of(WAYS)
+    plans = [make_plan(ranking, memory=int(factor * least), **options) for factor in (1.0, 1.4)]
+    steps = [(len(plan.pool), plan.policy.is_exact, plan.policy == Policy()) for plan in plans]
+    assert steps == sorted(steps)
+    assert not plans[0].policy.is_exact or len(plans[0].pool) < len(roomy.pool) or plans[0].policy != Policy()
+
+
+def test_dropping_the_earliest_layers_keeps_the_best_first() -> None:
+    net, ranking, size = whole_network("mobilenetv2_035")
+    options = {"model": net, "input_shape": (4, 3, size, size), "micro_batch": 4, "coverage": 1.0}
+    whole = make_plan(ranking, memory="1GiB", **options)
+    with pytest.raises(ValueError, match="smallest workable") as refusal:
+        make_plan(ranking, memory=100, allow=("frontier",), **options)
+    least = int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1])
+    plan = make_plan(ranking, memory=least, allow=("frontier",), **options)
+    order = list(whole.shapes)
+    first = min(order.index(name) for name in plan.pool)
+    assert first > min(order.index(name) for name in whole.pool)
+    assert plan.pool == tuple(name for name in whole.pool if order.index(name) >= first)
+
+
+@pytest.mark.parametrize("allow", ["recompute", ("dropout",), ("recompute", "all")])
+def test_only_known_ways_can_be_allowed(allow: object) -> None:
+    net, ranking = toy()
+    with pytest.raises(ValueError, match=r"allow .*: wanted some of recompute, micro_batch, activations, frontier"):
+        make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, allow=allow)
 
 
 def test_no_epoch_of_a_whole_network_exceeds_the_memory() -> None:

@@ -9,8 +9,8 @@ from torch import nn
 from trady_triton import plan as plans
 from trady_triton.batch import Shape
 from trady_triton.plan import Plan
-from trady_triton.promise import fit_memory
 from trady_triton.ranking import Ranking
+from trady_triton.search import fit_memory
 from trady_triton.strategies import strategy
 
 
@@ -26,8 +26,9 @@ def make_plan(
     """Choose the pool of layers and fix the budget.
 
     Either `budget` says what the drawn channels may cost (see `trady_triton.plan.make_plan`, which has all options),
-    or `memory` what a whole training step may take, weights included; the budget, and if need be a micro-batch, are
-    then chosen such that every step of every epoch stays within it (see `trady_triton.promise.fit_memory`).
+    or `memory` what a whole training step may take, weights included; the budget, and if need be what is recomputed, a
+    micro-batch and more, are then chosen such that every step of every epoch stays within it (see
+    `trady_triton.search.fit_memory`).
 
     Args:
         ranking: what `rank_layers` measured.
@@ -36,7 +37,7 @@ def make_plan(
         model: the model, for `memory`.
         input_shape: of the batch, as for `ledger`, for `memory`.
         options: such as coverage, k, layers, fill, seed, policy; for a budget batch_size and dtypes, for a memory
-            micro_batch, target, loss_fn, autocast.
+            allow, micro_batch, target, loss_fn, autocast.
 
     Raises:
         ValueError: an option out of its range, or a budget or memory in which no channel can be trained: the message

@@ -1,6 +1,6 @@
-"""The promise: a budget of channels such that no step of any epoch takes more memory than was allowed.
+"""The bound on a step: bytes that no step of any epoch under a plan exceeds.
 
-The bound on a step holds for every draw, because it does not look at one. A fake step is run in which each layer of
+It on a step holds for every draw, because it does not look at one. A fake step is run in which each layer of
 the pool has as many channels as the budget B could pay for if it were spent on that layer alone: every working buffer
 of every layer is then at its largest, and the backward reaches the deepest layer of the pool. Of its timeline the
 stores and gradients of the drawn channels are left out; instead B is added, which is what they sum to at most (or what
@@ -15,74 +15,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from math import isqrt
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from trady_triton.batch import Batch, Shape, num_samples, samples_in, tensors
+from trady_triton.batch import num_samples, tensors
 from trady_triton.meters import LiveStorages, storage_bytes
 from trady_triton.nn import remove_plan
-from trady_triton.plan import Plan, make_plan, parse_budget
-from trady_triton.policy import Policy
-from trady_triton.ranking import Ranking
-from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step, slots_of, train_under
+from trady_triton.plan import Plan
+from trady_triton.rehearsal import Step, slots_of, train_under
 from trady_triton.slot import ChannelSlot
-
-ENOUGH = 0.1  # the share of its pool that a budget should pay for before a batch is left whole
-
-
-def fit_memory(
-    model: nn.Module,
-    ranking: Ranking,
-    *,
-    memory: int | str,
-    input_shape: Shape,
-    micro_batch: int | None = None,
-    target: Batch | None = None,
-    loss_fn: Loss = F.cross_entropy,
-    autocast: torch.dtype | None = None,
-    **options: Any,
-) -> Plan:
-    """The plan with the largest budget of channels whose every step stays within `memory`.
-
-    All counts: weights, batch, activations, gradients, update; see `bound`. The batch is split where that is exact
-    and needed: the largest of N, N/2, N/4, ... 1 samples at a time with which the budget pays for a tenth of its pool,
-    or else 1, with which it pays for most. Train with `backward_in_parts`, or accumulate alike.
-
-    Args:
-        model: the model that was ranked; it is not touched.
-        ranking: what `rank_layers` measured.
-        memory: bytes, or a string such as "2GiB".
-        input_shape: of the whole batch, as for `ledger`.
-        micro_batch: samples at a time, if the choice is not left to the search.
-        target, loss_fn, autocast: as for `ledger`.
-        options: others of `make_plan`; budget, batch size and dtypes are set here.
-
-    Raises:
-        ValueError: it cannot be done in so little memory: the message names the smallest figure that works.
-    """
-    limit = parse_memory(memory)
-    if options.get("cost_model", "exact") != "exact":
-        raise ValueError(f"cost_model {options['cost_model']!r}: a promise of memory needs the exact costs")
-    samples = samples_in(input_shape)
-    with fake_copy(model) as twin:
-        for size in _divisions(samples, twin, options) if micro_batch is None else [micro_batch]:
-            step = fake_step(twin, input_shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
-            search = _Search(twin, ranking, step, limit, options)
-            if search.fits(search.enough):
-                return search.largest()
-        if search.fits(search.cheapest):
-            return search.largest()
-    least = search.bounds[search.cheapest]
-    raise ValueError(
-        f"memory of {limit:,} bytes: no channel can be trained in it; the smallest workable memory is {least} bytes "
-        f"({least / 2**20:.2f} MiB), at {search.micro_batch} of {samples} samples at a time"
-    )
 
 
 def bound(model: nn.Module, plan: Plan, step: Step) -> int:
@@ -111,70 +54,6 @@ def bound(model: nn.Module, plan: Plan, step: Step) -> int:
     remove_plan(model)
     total: int = existing + draws + timeline.peak() + min(plan.budget, plan.pool_cost)
     return total
-
-
-def parse_memory(memory: int | str) -> int:
-    """Bytes: 1048576 or "1MiB"."""
-    try:
-        return parse_budget(memory)[0]
-    except ValueError as error:
-        raise ValueError(f"memory {memory!r}: wanted bytes, as a positive integer or such as '2GiB'") from error
-
-
-class _Search:
-    """The largest budget for one size of the micro-batch, in a handful of fake steps.
-
-    `bounds` holds what was found so far, budget -> bytes. `cheapest` is the smallest budget that makes a plan,
-    `enough` what a share of the pool costs that is worth a step, `everything` what all of it costs.
-    """
-
-    def __init__(self, model: nn.Module, ranking: Ranking, step: Step, limit: int, options: dict[str, Any]) -> None:
-        self.model, self.ranking, self.step, self.limit, self.options = model, ranking, step, limit, options
-        self.micro_batch = num_samples(step.part[0])
-        self.bounds: dict[int, int] = {}
-        whole = self.plan(2**62)
-        costs = {name: whole.cost.channel_cost(shape) for name, shape in whole.shapes.items()}
-        allowed = sorted(costs[name] for name in options.get("layers") or costs)
-        self.cheapest = allowed[(options.get("k") or 1) - 1]
-        self.everything = whole.pool_cost
-        self.enough = max(self.cheapest, int(ENOUGH * self.everything))
-
-    def plan(self, budget: int) -> Plan:
-        """The plan of a budget in bytes."""
-        dtype = max((p.dtype for p in self.model.parameters() if p.is_floating_point()), key=lambda d: d.itemsize)
-        made = make_plan(
-            self.ranking,
-            budget=f"{budget}B",
-            batch_size=self.micro_batch,
-            dtype=dtype,
-            activation_dtype=self.step.autocast,
-            **self.options,
-        )
-        return replace(made, memory=self.limit, micro_batch=self.step.micro_batch)
-
-    def fits(self, budget: int) -> bool:
-        """Whether every step of the budget's plan stays within the limit."""
-        self.bounds[budget] = bound(self.model, self.plan(budget), self.step)
-        return self.bounds[budget] <= self.limit
-
-    def largest(self) -> Plan:
-        """The plan of the largest budget that fits, to some two hundredths; one that fits is known.
-
-        What the bound adds to the budget grows with it, so the next budget to try is what the last one's addition
-        leaves of the limit; where that lies outside what is still open, the middle of it.
-        """
-        base = fits = max(budget for budget, size in self.bounds.items() if size <= self.limit)
-        fails = self.everything + 1
-        for _ in range(8):
-            if fails - fits <= 1 + fits // 50:
-                break
-            budget = min(self.limit - (self.bounds[base] - base), self.everything)
-            base = budget if fits < budget < fails else isqrt(fits * fails)
-            if self.fits(base):
-                fits = base
-            else:
-                fails = base
-        return self.plan(fits)
 
 
 class _Timeline(LiveStorages):  # type: ignore[no-untyped-call]
@@ -237,16 +116,3 @@ def _without_channels(model: nn.Module, plan: Plan, slots: list[ChannelSlot], ti
 
 def _pop(running: list[nn.Module]) -> None:
     running.pop()
-
-
-def _divisions(batch_size: int, model: nn.Module, options: dict[str, Any]) -> list[int | None]:
-    """Sizes of the micro-batch to try, None for the whole; only that where samples see each other."""
-    policy = options.get("policy", Policy())
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if norms and (policy.batch_norm == "train" or any(norm.running_mean is None for norm in norms)):
-        return [None]
-    sizes: list[int | None] = [None]
-    while batch_size > 1:
-        batch_size = (batch_size + 1) // 2
-        sizes.append(batch_size)
-    return sizes
