@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_not_timed() -> None:
     one = work(layer, 1, "cpu", torch.float32)
     right = one.sparse()
     object.__setattr__(one, "sparse", lambda: 1.001 * right)
-    with pytest.raises(AssertionError, match="dW errs by 0.001"):
+    with pytest.raises(AssertionError, match=r"dW errs by 0\.001"):
         check(one, layer)
 
 
