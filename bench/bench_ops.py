@@ -1,4 +1,4 @@
-"""Weight gradients of real layers under pytest-benchmark: our kernels, their torch twins, dense.
+"""Ops on real layers under pytest-benchmark: our kernels, their torch twins, and what plain training does instead.
 
     pytest bench/bench_ops.py --benchmark-enable --benchmark-compare=FILE
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from trady_triton.bench.layers import Layer, Work, layers, work
+from trady_triton.bench.movers import MOVERS
 from trady_triton.bench.roofs import Roofs, roofs
 
 CUDA = torch.cuda.is_available()
@@ -39,13 +40,25 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: layer.name)
 def test_wgrad(benchmark, layer: Layer, way: str, device_roofs: Roofs, backend: Callable[[str], None]) -> None:
     backend(way)
-    inputs = list(_copies(layer))
-    check(inputs[0], layer)
+    measure(benchmark, f"dW of {layer.name}", list(copies(work, layer)), way, device_roofs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layer", layers()[2::4], ids=lambda layer: layer.name)
+@pytest.mark.parametrize("op", MOVERS)
+def test_mover(benchmark, op: str, layer: Layer, way: str, device_roofs: Roofs, backend: Callable[[str], None]) -> None:
+    backend(way)
+    measure(benchmark, f"{op} of {layer.name}", list(copies(MOVERS[op], layer)), way, device_roofs)
+
+
+def measure(benchmark, name: str, inputs: list[Work], way: str, device_roofs: Roofs) -> None:
+    """Check, then time calls on the inputs in turn."""
+    check(inputs[0], name, DTYPE)
     first, turn = inputs[0], itertools.cycle(inputs)
     nbytes = first.dense_bytes if way == "dense" else first.sparse_bytes
     flops = first.dense_flops if way == "dense" else first.sparse_flops
-    benchmark.group = layer.name
-    benchmark.extra_info.update(layer=layer.name, way=way, calls=CALLS, bytes=nbytes, flops=flops, batch=BATCH,
+    benchmark.group = name
+    benchmark.extra_info.update(layer=name, way=way, calls=CALLS, bytes=nbytes, flops=flops, batch=BATCH,
                                 dtype=str(DTYPE), floor_s=device_roofs.floor(nbytes, flops),
                                 gbytes_per_s=device_roofs.gbytes_per_s, tflops=device_roofs.tflops)  # fmt: skip
 
@@ -58,18 +71,15 @@ def test_wgrad(benchmark, layer: Layer, way: str, device_roofs: Roofs, backend: 
     benchmark.pedantic(run, rounds=20 if CUDA else 5, warmup_rounds=3 if CUDA else 1)
 
 
-def check(one: Work, layer: Layer) -> None:
-    """The compact gradient [K, O/G, ...] equals those channels of the dense one: a wrong result has no speed."""
-    sparse, dense = one.sparse().double(), one.dense().double()
-    grouped = dense.view(layer.groups, dense.shape[0] // layer.groups, *dense.shape[1:])
-    wanted = grouped.movedim(2, 1).flatten(0, 1)[one.channels]  # [C, O/G, ...] -> [K, O/G, ...]
-    error = float((sparse.flatten(1) - wanted.flatten(1)).norm() / wanted.norm())
-    assert error < (2e-2 if torch.bfloat16 == DTYPE else 1e-4), f"{layer.name}: dW errs by {error:.2g}"
+def check(one: Work, name: str, dtype: torch.dtype) -> None:
+    """A wrong result has no speed."""
+    error = one.error()
+    assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4), f"{name}: errs by {error:.2g}"
 
 
-def _copies(layer: Layer) -> Iterator[Work]:
+def copies(make: Callable[..., Work], layer: Layer) -> Iterator[Work]:
     """The work on inputs enough to fill a cache."""
-    first = work(layer, BATCH, DEVICE, DTYPE)
+    first = make(layer, BATCH, DEVICE, DTYPE)
     yield first
     for seed in range(1, min(16, COLD // first.sparse_bytes + 1)):
-        yield work(layer, BATCH, DEVICE, DTYPE, seed)
+        yield make(layer, BATCH, DEVICE, DTYPE, seed)

@@ -46,12 +46,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Work:
-    """A weight gradient ready to run: `sparse()` for the drawn `channels` [K], `dense()` on the whole input.
+    """An op ready to run: `sparse()` on drawn channels, and `dense()`, what plain training does in its place.
 
-    `sparse_bytes` and `sparse_flops` are what a perfect kernel moves and computes; so for the dense one.
+    `error()` says how far the first is from right. The bytes and FLOPs are what perfect kernels move and compute.
     """
 
-    channels: Tensor
+    error: Callable[[], float]
     sparse: Callable[[], Tensor]
     dense: Callable[[], Tensor]
     sparse_bytes: int
@@ -134,9 +134,15 @@ def _dense_conv(layer: Layer, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
 
 def _counted(layer: Layer, channels: Tensor, x: Tensor, dy: Tensor, sparse: Callable[[], Tensor],
              dense: Callable[[], Tensor], sparse_bytes: int) -> Work:  # fmt: skip
-    taps = max(1, layer.kernel) ** 2
-    channel_weights = layer.out_channels // layer.groups * taps
+    def error() -> float:
+        """Relative, of the compact gradient [K, O/G, ...] against those channels of the dense one."""
+        whole = dense().double()
+        grouped = whole.view(layer.groups, whole.shape[0] // layer.groups, *whole.shape[1:])
+        wanted = grouped.movedim(2, 1).flatten(0, 1)[channels].flatten(1)  # from [C, O/G, ...]
+        return float((sparse().double().flatten(1) - wanted).norm() / wanted.norm())
+
+    channel_weights = layer.out_channels // layer.groups * max(1, layer.kernel) ** 2
     channel_flops = 2 * channel_weights * (dy.numel() // layer.out_channels)
-    whole = layer.in_channels * channel_weights
-    return Work(channels, sparse, dense, sparse_bytes, layer.drawn * channel_flops,
-                x.itemsize * (x.numel() + dy.numel() + whole), layer.in_channels * channel_flops)  # fmt: skip
+    weights = layer.in_channels * channel_weights
+    return Work(error, sparse, dense, sparse_bytes, layer.drawn * channel_flops,
+                x.itemsize * (x.numel() + dy.numel() + weights), layer.in_channels * channel_flops)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from trady_triton.bench.store import Row, Store
 from trady_triton.bench.tables import markdown
 
-COLUMNS = ("layer", "way", "us", "GB/s", "TFLOP/s", "time / floor", "dense / it")
+COLUMNS = ("op", "way", "us", "GB/s", "TFLOP/s", "time / floor", "dense / it")
 
 
 def run(folder: Path, device: str, batch: int | None = None) -> Store:
@@ -58,19 +58,23 @@ def ops_table(content: dict[str, Any]) -> str:
     dense = {row["layer"]: row["seconds"] for row in rows if row["way"] == "dense"}
     ways = {row["way"] for row in rows}
     first = rows[0]
-    text = (f"dW of drawn channels on the compact store, batch {first['batch']}, {first['dtype']}. Measured roofs: "
-            f"{first['gbytes_per_s']:,.0f} GB/s, {first['tflops']:.3g} TFLOP/s; the floor is the longer of bytes and "
-            "FLOPs at these. Every result is compared with the dense gradient before it is timed.")  # fmt: skip
+    text = (
+        "dW of drawn channels from the compact store, the store itself, a packed ReLU6, the update; dense is what "
+        f"plain training does in their place. Batch {first['batch']}, {first['dtype']}. Measured roofs: "
+        f"{first['gbytes_per_s']:,.0f} GB/s, {first['tflops']:.3g} TFLOP/s; the floor is the longer of bytes and "
+        "FLOPs at these. Every result is checked before it is timed."
+    )
     if "triton" not in ways:
         text += " The Triton kernels have no row: they need a GPU. The twin is what runs on this device."
     cells = [_cells(row, dense.get(row["layer"])) for row in rows]
-    gains = [dense[row["layer"]] / row["seconds"] for row in rows if row["way"] != "dense" and row["layer"] in dense]
-    mean = f"\n\nGeometric mean of dense / it: {statistics.geometric_mean(gains):.2f}." if gains else ""
+    gains = [dense[row["layer"]] / row["seconds"] for row in rows
+             if row["way"] != "dense" and row["layer"] in dense and row["flops"]]  # fmt: skip
+    mean = f"\n\nGeometric mean of dense / it over the dW: {statistics.geometric_mean(gains):.2f}." if gains else ""
     return text + "\n\n" + markdown(COLUMNS, cells) + mean
 
 
 def _cells(row: Row, dense: float | None) -> list[str]:
     seconds = row["seconds"]
     return [row["layer"], row["way"], f"{1e6 * seconds:,.0f}", f"{row['bytes'] / seconds / 1e9:,.1f}",
-            f"{row['flops'] / seconds / 1e12:.3g}", f"{seconds / row['floor_s']:.2f}",
+            f"{row['flops'] / seconds / 1e12:.3g}" if row["flops"] else "-", f"{seconds / row['floor_s']:.2f}",
             "-" if dense is None else f"{dense / seconds:.2f}"]  # fmt: skip

@@ -8,8 +8,10 @@ from torch.optim import SGD, AdamW
 from trady_triton.bench.bench_ops import check
 from trady_triton.bench.case import count, inference_peak
 from trady_triton.bench.layers import Layer, layers, work
+from trady_triton.bench.movers import MOVERS
 from trady_triton.bench.roofs import Roofs
 from trady_triton.bench.training import Training
+from trady_triton.ops import token_wgrad
 from trady_triton.rehearsal import Step
 
 FLOAT = 4
@@ -54,18 +56,28 @@ def test_adapters_count_as_memory_beyond_the_net() -> None:
 @pytest.mark.parametrize("layer", layers(), ids=lambda layer: layer.name)
 def test_the_layers_of_the_benchmark_compute_the_drawn_columns_of_the_dense_gradient(layer: Layer) -> None:
     one = work(layer, 1, "cpu", torch.float32)
-    check(one, layer)
+    check(one, layer.name, torch.float32)
     assert one.sparse_flops * layer.in_channels == one.dense_flops * layer.drawn
     assert 0 < one.sparse_bytes < one.dense_bytes
 
 
-def test_a_wrong_kernel_is_not_timed() -> None:
+@pytest.mark.parametrize("op", MOVERS)
+@pytest.mark.parametrize("layer", layers()[2::4], ids=lambda layer: layer.name)
+def test_the_ops_that_move_bytes_are_right_before_they_are_timed(op: str, layer: Layer) -> None:
+    one = MOVERS[op](layer, 1, "cpu", torch.float32)
+    check(one, layer.name, torch.float32)
+    assert one.sparse_bytes > 0
+    assert one.dense_bytes > 0
+    one.dense()
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layers()[1]
-    one = work(layer, 1, "cpu", torch.float32)
-    right = one.sparse()
-    object.__setattr__(one, "sparse", lambda: 1.001 * right)
-    with pytest.raises(AssertionError, match=r"dW errs by 0\.001"):
-        check(one, layer)
+    monkeypatch.setattr(
+        "trady_triton.bench.layers.token_wgrad", lambda *args, **more: 1.001 * token_wgrad(*args, **more)
+    )
+    with pytest.raises(AssertionError, match=r"errs by 0\.001"):
+        check(work(layer, 1, "cpu", torch.float32), layer.name, torch.float32)
 
 
 def test_the_floor_is_the_longer_of_bytes_and_flops() -> None:
