@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo bench bench-gpu test test-gpu test-compat lint clean
+.PHONY: demo bench bench-gpu study test test-gpu test-compat lint clean
 
 # Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
@@ -30,6 +30,13 @@ bench: $(VENV)/.bench
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -m trady_triton.bench --mode cuda
+
+# docs/paper.md anew, from a folder of images and weights: make study DATA=path. A stopped run goes on.
+study: $(VENV)/.demo
+	@test -n "$(DATA)" || { echo "make study DATA=path: wanted the folder that bench/specs/*.yaml name files of"; exit 2; }
+	OMP_WAIT_POLICY=passive $(BIN)/trady study bench/specs/recordings.yaml --data $(DATA) --out bench/results/paper
+	OMP_WAIT_POLICY=passive $(BIN)/trady experiment bench/specs/paper.yaml --data $(DATA) --out runs/paper --workers 2
+	$(BIN)/trady study --results runs/paper/results.csv --out bench/results/paper --page docs/paper.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

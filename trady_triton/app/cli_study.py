@@ -28,7 +28,10 @@ def study(
     page: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown page, between markers.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
 ) -> None:
-    """Measure what the paper measures: tails, rankings of layers and channels, coverage, who beats whom."""
+    """Measure what the paper measures: tails, rankings of layers and channels, coverage, who beats whom.
+
+    Of --results a copy without the seconds is kept, which say nothing on a machine that did other things too.
+    """
     if spec is None and results is None and page is None:
         raise ValueError("nothing to do: give a grid, --results or --page")
     out.mkdir(parents=True, exist_ok=True)
@@ -70,8 +73,10 @@ def _comparisons(rows: list[dict[str, str]], out: Path) -> None:
 
     written = {"strategies": tables.strategy_table(rows), "comparisons": tables.comparison_table(rows)}
     _write(written, out)
+    write_csv(out / "results.csv", [{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     plots.plot_strategies(rows, out / "strategies.png")
-    plots.plot_matrix(written["comparisons"], out / "matrix.png")
+    if written["comparisons"]:
+        plots.plot_matrix(written["comparisons"], out / "matrix.png")
 
 
 def _write(written: dict[str, list[dict[str, Any]]], out: Path) -> None:

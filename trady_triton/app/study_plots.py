@@ -22,16 +22,19 @@ def plot_tails(rows: Sequence[Row], path: File) -> None:
     for name, colour, marker in zip(_distinct(rows, "data"), COLOURS, MARKERS, strict=False):
         for seed in _distinct(rows, "seed"):
             run = [row for row in rows if (row["data"], row["seed"]) == (name, seed)]
-            epochs = [row["epoch"] + 1 for row in run]
+            passed = [row["epoch"] + 1 for row in run]
             label = short(name) if seed == rows[0]["seed"] else None
             line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
-            whole.plot(epochs, [row["alpha"] for row in run], label=label, **line)
-            layers.plot(epochs, [row["layers_median"] for row in run], **line)
-            layers.fill_between(epochs, [row["layers_min"] for row in run], [row["layers_max"] for row in run],
-                                color=colour, alpha=0.06, linewidth=0)  # fmt: skip
+            whole.plot(passed, [row["alpha"] for row in run], label=label, **line)
+            layers.plot(passed, [row["layers_median"] for row in run], **line)
+    epochs = sorted({row["epoch"] + 1 for row in rows})
+    ends = [[row for row in rows if row["epoch"] + 1 == epoch] for epoch in epochs]
+    layers.fill_between(epochs, [min(row["layers_min"] for row in group) for group in ends],
+                        [max(row["layers_max"] for row in group) for group in ends], color=GREY, alpha=0.25,
+                        linewidth=0)  # fmt: skip
     for axes, title in ((whole, "all gradients together"), (layers, "layer by layer: median and range")):
         axes.axhline(2, color=GREY, linewidth=1, linestyle="--")
-        axes.set(title=title, xlabel="epoch", xticks=sorted({row["epoch"] + 1 for row in rows}))
+        axes.set(title=title, xlabel="epoch", xticks=epochs)
     whole.set_ylabel("tail index (2: Gaussian)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
