@@ -39,7 +39,7 @@ def test_fully_shard_equals_one_process_and_checkpoints_go_from_one_to_two_and_b
         optimizer.resample(epoch)
         train(net, optimizer, batch)
     save(net, optimizer, tmp_path / "one")
-    assert torchrun("fsdp.py", tmp_path).count("passed") == 2 * 5
+    assert torchrun("fsdp.py", tmp_path).count("passed") == 2 * 6
     train(net, optimizer, batch)  # what two processes did with the checkpoint
     other, resumed = planned(**ADAMW)
     with pytest.raises(ValueError, match="state of"):

@@ -14,8 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from distributed.ddp import KINDS, assert_same, own
 from distributed.saved import ADAMW, load, planned, save, train
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from toys import toy_batches, toy_net, toy_plan
 
@@ -77,6 +78,30 @@ def check_accumulation(folder):
         optimizer.step()
         train(reference, alone, batch)
     assert_same(whole(net), reference)
+
+
+def check_mixed_precision(folder):
+    """FSDP2's own policy: bf16 weights in forward and backward, float32 shards, compact gradients in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    optimizers = []
+    for is_sharded in (True, False):
+        net = toy_net(torch.float32)
+        net.norm = nn.Identity()  # torch has no batch_norm of bf16 weights and float32 statistics
+        plan = toy_plan(net, 1200)
+        if is_sharded:
+            fully_shard(net, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+        apply_plan(net, plan)
+        optimizers.append(TraDyOptimizer(net.parameters(), plan, lr=0.05))
+        optimizers[-1].resample(0)
+        x, y = toy_batches(dtype=torch.float32)[0]
+        F.cross_entropy(net(x).float(), y).backward()
+    compared = 0
+    for slot, wanted in zip(*(optimizer._all_slots() for optimizer in optimizers), strict=True):
+        if slot.proxy.grad is not None:
+            assert slot.proxy.grad.dtype == torch.float32
+            assert (slot.proxy.grad - wanted.proxy.grad).norm() < 0.1 * wanted.proxy.grad.norm()
+            compared += 1
+    assert compared > 2
 
 
 def check_norms_of_whole_weights(folder):
