@@ -1,4 +1,7 @@
-"""TraDyOptimizer in timm's registry: `create_optimizer_v2(model, opt="trady", ...)` on a model that has a plan."""
+"""TraDyOptimizer in timm's registry: `create_optimizer_v2(model, opt="trady", ...)` on a model that has a plan.
+
+A plan in bytes must have counted the state: `make_plan(..., optimizer="momentum")` or "adamw".
+"""
 
 from __future__ import annotations
 
@@ -27,4 +30,9 @@ def trady(params: Iterable[Any], **options: Any) -> TraDyOptimizer:
     return TraDyOptimizer(groups, **options)
 
 
-default_registry.register(OptimInfo("trady", trady, "SGD on the channels that a plan draws", has_eps=False))
+for info in (
+    OptimInfo("trady", trady, "SGD on the channels that a plan draws", has_eps=False),
+    OptimInfo("tradymomentum", trady, "the same with momentum", has_eps=False, has_momentum=True),
+    OptimInfo("tradyadamw", trady, "AdamW on the drawn channels", has_betas=True, defaults={"algorithm": "adamw"}),
+):
+    default_registry.register(info)

@@ -78,6 +78,14 @@ def test_the_registry_makes_the_optimizer_of_a_planned_model(options):
     assert equal(net.state_dict(), twin.state_dict())
 
 
+def test_the_registry_knows_momentum_and_adamw():
+    momentum = create_optimizer_v2(planned(optimizer="momentum")[0], opt="tradymomentum", lr=0.1, momentum=0.8)
+    assert [group["momentum"] for group in momentum.param_groups] == [0.8]
+    adamw = create_optimizer_v2(planned(optimizer="adamw")[0], opt="tradyadamw", lr=0.1, betas=(0.5, 0.9), eps=1e-6)
+    assert adamw.algorithm == "adamw"
+    assert [(group["betas"], group["eps"]) for group in adamw.param_groups] == [((0.5, 0.9), 1e-6)]
+
+
 def test_the_registry_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"layer_decay.*param_group_fn"):
         create_optimizer_v2(planned()[0], opt="trady", lr=0.1, layer_decay=0.7)

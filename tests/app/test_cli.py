@@ -194,6 +194,7 @@ def test_a_bad_budget_is_an_error(budget, message):
         (("--plan", "none.json"), "none.json"),
         (("--budget", "3000", "--ranking", "none.json"), "none.json"),
         (("--budget", "3000", "--k", "99"), "k 99: wanted an integer from 1 to"),
+        (("--budget", "3000", "--optimizer", "lion"), "optimizer 'lion': wanted one of sgd, momentum, adamw"),
         (("--budget", "3000", "--fill", "x"), "fill 'x': wanted one of stop, skip"),
         (("--model-args", "{"), "model arguments '{': not JSON"),
     ],

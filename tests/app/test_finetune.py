@@ -13,6 +13,7 @@ from trady_triton.app.data import load_data
 from trady_triton.app.finetune import Interval, Run, Settings
 from trady_triton.app.loader import Batches
 from trady_triton.app.planning import rank_on_noise
+from trady_triton.app.train import OPTIMIZERS
 
 
 @pytest.fixture
@@ -27,7 +28,9 @@ def make(npz, tmp_path):
         )
         settings = replace(settings, **options)
         batches = Batches.for_model(load_data(str(npz)), net, image_size=32, batch_size=5, augment=True)
-        plan = make_plan(rank_on_noise(net, 32), budget=budget, k=None) if method == "trady" else None
+        plan = None
+        if method == "trady":
+            plan = make_plan(rank_on_noise(net, 32), budget=budget, optimizer=settings.optimizer)
         return Run(net, batches, settings, tmp_path / folder, plan, Interval.parse(save_every))
 
     return run
@@ -65,12 +68,14 @@ def test_a_run_stopped_between_epochs_goes_on_bit_for_bit(make, method):
     assert all(torch.equal(tensor, state[name]) for name, tensor in second.model.state_dict().items())
 
 
-def test_a_run_stopped_inside_an_epoch_goes_on_bit_for_bit(make):
-    whole = make("whole")
+@pytest.mark.parametrize(("method", "optimizer"), [("trady", o) for o in OPTIMIZERS] + [("full", "adamw")])
+def test_a_run_stopped_inside_an_epoch_goes_on_bit_for_bit(make, method, optimizer):
+    options = {"method": method, "optimizer": optimizer, "lr": 0.01}
+    whole = make("whole", **options)
     records = whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make("parts").train(stop_after(6))
-    second = make("parts")
+        make("parts", **options).train(stop_after(6))
+    second = make("parts", **options)
     second.resume()
     assert (second.epoch, second.step) == (1, 2)
     assert untimed(second.train()) == untimed(records)
@@ -215,6 +220,7 @@ def test_resuming_with_another_plan_is_an_error(make):
     ("change", "message"),
     [
         ({"method": "x"}, "--method 'x': wanted one of trady"),
+        ({"optimizer": "x"}, "--optimizer 'x': wanted one of sgd, momentum, adamw"),
         ({"epochs": 0}, "--epochs 0"),
         ({"warmup": 2}, "--warmup 2"),
     ],

@@ -46,6 +46,7 @@ DgradBudget = Annotated[
 Fill = Annotated[str, typer.Option(help="A channel that does not fit ends the draw (stop) or is left out (skip).")]
 Store = Annotated[str, typer.Option(help="Keep drawn channels as they are (same), or in int8 or int4: more fit.")]
 Recompute = Annotated[bool, typer.Option(help="Run blocks again in the backward where that keeps half or less: exact.")]
+OptimizerName = Annotated[str, typer.Option("--optimizer", help="sgd (the paper's), momentum (0.9) or adamw.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 
 

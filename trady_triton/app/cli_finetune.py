@@ -23,6 +23,7 @@ from trady_triton.app.cli_base import (
     ImageSize,
     ModelArgs,
     Net,
+    OptimizerName,
     PoolSize,
     Pretrained,
     RankingFile,
@@ -69,6 +70,7 @@ def finetune(
     store: Store = "same",
     recompute: Recompute = True,
     image_size: ImageSize = None,
+    optimizer: OptimizerName = "sgd",
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_grad_norm: Annotated[
         float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
@@ -105,6 +107,7 @@ def finetune(
         lr=lr,
         batch_size=batch_size,
         image_size=batches.image_size,
+        optimizer=optimizer,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm or None,
         warmup=warmup,
@@ -132,6 +135,7 @@ def finetune(
             coverage=coverage,
             fill=fill,
             store=store,
+            optimizer=optimizer,
             seed=seed,
         )
         if recompute:

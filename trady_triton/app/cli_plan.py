@@ -22,6 +22,7 @@ from trady_triton.app.cli_base import (
     ImageSize,
     ModelArgs,
     Net,
+    OptimizerName,
     PoolSize,
     Pretrained,
     RankingFile,
@@ -58,6 +59,7 @@ def plan(
     dgrad_budget: DgradBudget = None,
     fill: Fill = "stop",
     store: Store = "same",
+    optimizer: OptimizerName = "sgd",
     seed: Seed = 0,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -90,6 +92,7 @@ def plan(
         "fill": fill,
         "store": store,
         "seed": seed,
+        "optimizer": optimizer,
     }
     made = make_plan(measured, **target, **options)
     if recompute and memory is None:

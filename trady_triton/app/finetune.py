@@ -25,6 +25,7 @@ from trady_triton.app.checkpoint import Checkpoint, previous
 from trady_triton.app.loader import Batches
 from trady_triton.app.train import (
     METHODS,
+    OPTIMIZERS,
     Tally,
     evaluate,
     make_optimizer,
@@ -53,6 +54,7 @@ class Settings:
     lr: float = 0.125
     batch_size: int = 32
     image_size: int = 224
+    optimizer: str = "sgd"
     weight_decay: float = 0.0
     max_grad_norm: float | None = 2.0
     warmup: float = 0.1
@@ -62,6 +64,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method!r}: wanted one of {', '.join(METHODS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"--optimizer {self.optimizer!r}: wanted one of {', '.join(OPTIMIZERS)}")
         for name in ("epochs", "batch_size", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least 1")
@@ -126,7 +130,12 @@ class Run:
         """
         self.model, self.batches, self.settings, self.out, self.plan = model, batches, settings, out, plan
         self.optimizer = make_optimizer(
-            model, settings.method, lr=settings.lr, weight_decay=settings.weight_decay, plan=plan
+            model,
+            settings.method,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            plan=plan,
+            optimizer=settings.optimizer,
         )
         steps = settings.epochs * batches.train_steps
         self.scheduler = make_scheduler(self.optimizer, steps=steps, warmup_steps=round(settings.warmup * steps))

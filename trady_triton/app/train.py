@@ -9,18 +9,20 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from trady_triton import Plan, TraDyOptimizer, apply_plan, backward_in_parts
 from trady_triton.ranking import find_head
 
 METHODS = ("trady", "full", "head")
+OPTIMIZERS: dict[str, dict[str, Any]] = {"sgd": {}, "momentum": {"momentum": 0.9}, "adamw": {}}
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -59,28 +61,39 @@ class Tally:
 
 
 def make_optimizer(
-    model: nn.Module, method: str, *, lr: float, weight_decay: float = 0.0, plan: Plan | None = None
+    model: nn.Module,
+    method: str,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    plan: Plan | None = None,
+    optimizer: str = "sgd",
 ) -> Optimizer:
-    """Set up the model for a method and return its optimizer, SGD without momentum in every case.
+    """Set up the model for a method and return its optimizer: "sgd" as in the paper, "momentum" (0.9) or "adamw".
 
     "trady" applies `plan` to the model and trains the drawn channels and the head, "full" trains every parameter,
     "head" the classifier alone.
 
     Raises:
-        ValueError: an unknown method, no plan for "trady", a plan for another model, or a model without a classifier.
+        ValueError: an unknown method or optimizer, no plan for "trady", a plan for another model or one that has not
+            counted the optimizer's state, or a model without a classifier.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZERS)}")
     if method == "trady":
         if plan is None:
             raise ValueError("method 'trady' needs a plan")
         apply_plan(model, plan)
-        return TraDyOptimizer(model.parameters(), plan, lr=lr, weight_decay=weight_decay)
+        algorithm = "adamw" if optimizer == "adamw" else "sgd"
+        return TraDyOptimizer(model.parameters(), plan, lr, weight_decay, algorithm=algorithm, **OPTIMIZERS[optimizer])
     if method not in METHODS:
         raise ValueError(f"method {method!r}: wanted one of {', '.join(METHODS)}")
     trained = list(model.parameters()) if method == "full" else _head_parameters(model)
     chosen = {id(parameter) for parameter in trained}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    return SGD(trained, lr=lr, weight_decay=weight_decay)
+    kind = AdamW if optimizer == "adamw" else SGD
+    return kind(trained, lr=lr, weight_decay=weight_decay, **OPTIMIZERS[optimizer])
 
 
 def make_scheduler(optimizer: Optimizer, *, steps: int, warmup_steps: int = 0) -> Scheduler:
