@@ -26,7 +26,7 @@ def cases_of(mode: str, names: list[str] | None = None, methods: list[str] | Non
         for net in nets_of(mode, names)
         for method in methods or METHODS
     ]
-    return sorted(cases, key=lambda case: not METHODS[case.method].is_key)
+    return sorted(cases, key=lambda case: (not METHODS[case.method].is_key, METHODS[case.method].is_costly))
 
 
 def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None = None) -> Store:

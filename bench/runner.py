@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -146,13 +147,17 @@ class Runner:
 
 
 def _next_job(waiting: list[Case]) -> list[Case]:
-    """The first case, with all others of its net that may share its process: what is compiled runs alone."""
+    """The first case, with those after it of its net that may share its process: what is compiled runs alone."""
     first = waiting[0]
     if METHODS[first.method].is_compiled:
         return [first]
     same = (first.net, first.budgets, first.repeats)
-    return [case for case in waiting
-            if (case.net, case.budgets, case.repeats) == same and not METHODS[case.method].is_compiled]  # fmt: skip
+    return list(
+        itertools.takewhile(
+            lambda case: (case.net, case.budgets, case.repeats) == same and not METHODS[case.method].is_compiled,
+            waiting,
+        )
+    )
 
 
 def _last_words(code: int | None, errors: Any) -> str:
