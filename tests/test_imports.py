@@ -27,7 +27,11 @@ ALLOWED = {
     "ranking": {"torch", "batch", "cost", "registry", "serial"},
     "policy": set(),
     "pooling": {"cost", "ranking"},
-    "plan": {"torch", "cost", "policy", "pooling", "ranking", "sampling", "serial", "strategies"},
+    "budget": {"sampling", "strategies"},
+    "savings": {"cost"},
+    "plan": {
+        *("torch", "budget", "cost", "policy", "pooling", "ranking", "sampling", "savings", "serial", "strategies"),
+    },
     "ops": {"torch", "triton"},
     "functional": {"torch", "cost", "ops", "slot"},
     "nn": {*CORE, "batch", "cost", "functional", "ops", "plan", "policy", "registry", "slot"},
@@ -48,7 +52,7 @@ ALLOWED = {
     "rehearsal": {"torch", "batch", "microbatch", "nn", "optimizer", "plan", "slot"},
     "ledger": {"torch", "batch", "meters", "plan", "rehearsal", "serial"},
     "promise": {"torch", "batch", "meters", "nn", "plan", "rehearsal", "slot"},
-    "search": {"torch", "batch", "nn", "plan", "policy", "promise", "ranking", "rehearsal"},
+    "search": {"torch", "batch", "budget", "nn", "plan", "policy", "promise", "ranking", "rehearsal"},
     "planner": {"torch", "batch", "plan", "ranking", "search", "strategies"},
     "__init__": {"delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }

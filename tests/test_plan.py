@@ -8,8 +8,8 @@ import torch
 from toys import toy_net, toy_plan, toy_ranking
 
 from trady_triton import Plan, Ranking, make_plan
+from trady_triton.budget import parse_budget
 from trady_triton.cost import CostModel, LayerShape
-from trady_triton.plan import parse_budget
 from trady_triton.ranking import LayerNorms
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,42 +13,16 @@ from itertools import accumulate
 
 import torch
 
+from trady_triton.budget import check_fits, check_ratios, read_budget, settled_budget
 from trady_triton.cost import OPTIMIZER_STATES, STORE_BITS, CostModel, LayerShape
 from trady_triton.policy import Policy
 from trady_triton.pooling import choose_pool
 from trady_triton.ranking import Ranking
 from trady_triton.sampling import FILLS, Pool, Scores, Selection, epoch_generator
+from trady_triton.savings import Savings, mean_savings
 from trady_triton.serial import read_json, write_json
 from trady_triton.strategies import Strategy, strategy
 from trady_triton.strategies.depth import depth_probabilities
-from trady_triton.strategies.sparse_update import scheme_cost
-
-_BYTES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1024, "MIB": 1024**2, "GIB": 1024**3}
-
-
-@dataclass(frozen=True)
-class Savings:
-    """Means over the draws of `epochs` epochs; savings are fractions of training every ranked layer whole.
-
-    `channels` and `used` (in the plan's unit) are per epoch. FLOPs are of one sample in the ranked layers, 2 a
-    multiply-add, head excluded; dX is counted for every layer called after the first one that is drawn from.
-    """
-
-    epochs: int
-    channels: float
-    used: float
-    weight_saving: float
-    activation_saving: float
-    wgrad_flops_saving: float
-    dgrad_flops_saving: float
-    forward_flops: float
-    dgrad_flops: float
-    wgrad_flops: float
-
-    @property
-    def step_flops(self) -> float:
-        """FLOPs of a step for one sample: forward, dX and dW."""
-        return self.forward_flops + self.dgrad_flops + self.wgrad_flops
 
 
 @dataclass(frozen=True)
@@ -156,25 +129,8 @@ class Plan:
         Known before training. Samplers that learn scores while they train draw as in their first epoch, unless given.
         """
         draws = [self._draw(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
-        mean = {name: sum(len(draw[name]) for draw in draws) / len(draws) for name in self.pool}
-        drawn = [(self.shapes[name], count) for name, count in mean.items()]
-        weights = sum(shape.weights for shape in self.shapes.values())
-        inputs = sum(shape.inputs for shape in self.shapes.values())
-        forward = sum(shape.dense_flops for shape in self.shapes.values())
-        wgrad = sum(count * shape.channel_wgrad_flops for shape, count in drawn)
-        dgrad = math.fsum(self._dgrad_flops(draw) for draw in draws) / len(draws)
-        return Savings(
-            epochs=epochs,
-            channels=sum(mean.values()),
-            used=sum(self.used(draw) for draw in draws) / len(draws),
-            weight_saving=1 - sum(count * shape.channel_weights for shape, count in drawn) / weights,
-            activation_saving=1 - sum(count * shape.in_positions for shape, count in drawn) / inputs,
-            wgrad_flops_saving=1 - wgrad / forward,
-            dgrad_flops_saving=1 - dgrad / max(1, self.dgrad_flops_above(next(iter(self.shapes)))),
-            forward_flops=forward,
-            dgrad_flops=dgrad,
-            wgrad_flops=wgrad,
-        )
+        used, dgrad = [self.used(draw) for draw in draws], [self._dgrad_flops(draw) for draw in draws]
+        return mean_savings(self.shapes, draws, used, dgrad, epochs)
 
     @property
     def strategy(self) -> Strategy:
@@ -349,7 +305,7 @@ def make_plan(
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZER_STATES)}")
     chosen, states = strategy(sampler), OPTIMIZER_STATES[optimizer]
-    limit, in_bytes = _limit(budget, sampler, chosen)
+    limit, in_bytes = read_budget(budget, sampler, chosen)
     cost = CostModel(depthwise=cost_model, states=states)
     if in_bytes:
         sizes = dtype.itemsize, (activation_dtype or dtype).itemsize
@@ -359,11 +315,11 @@ def make_plan(
     shapes = {layer.name: layer.shape for layer in ranking.layers}
     if layers is not None:
         _check_names(list(layers), shapes)
-    ratios = _check_ratios(sampler, chosen, layers)
+    ratios = check_ratios(sampler, chosen, layers)
     if limit is not None:
-        _check_budget(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
+        check_fits(limit, {name: cost.channel_cost(shapes[name]) for name in layers or shapes}, cost.unit)
     pool = tuple(layers) if layers is not None else choose_pool(ranking, cost, limit, chosen.layers, coverage, k)
-    limit = _settled(limit, Pool({name: shapes[name] for name in pool}, cost, 0, ratios=ratios))
+    limit = settled_budget(limit, Pool({name: shapes[name] for name in pool}, cost, 0, ratios=ratios))
     made = Plan(
         shapes,
         pool,
@@ -382,52 +338,6 @@ def make_plan(
     )
     _check_depth(made)
     return made
-
-
-def parse_budget(budget: int | str) -> tuple[int, bool]:
-    """(amount, whether it counts bytes): 27946 -> (27946, False), "256KiB" -> (262144, True)."""
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget, False
-    pattern = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*"
-    match = re.fullmatch(pattern, budget, re.IGNORECASE) if isinstance(budget, str) else None
-    if match and match[2].upper() in _BYTES and float(match[1]) > 0:
-        return int(float(match[1]) * _BYTES[match[2].upper()]), True
-    raise ValueError(f"budget {budget!r}: wanted a positive integer (elements, one sample) or bytes such as '256KiB'")
-
-
-def _limit(budget: int | str | None, sampler: str, chosen: Strategy) -> tuple[int | None, bool]:
-    """The budget, if the sampler takes one, and whether it counts bytes."""
-    if budget is None and (not chosen.has_budget or chosen.layers == "scheme"):
-        return None, False
-    if budget is None:
-        raise ValueError(f"budget None and memory None: wanted one of them for sampler {sampler!r}")
-    if not chosen.has_budget:
-        raise ValueError(f"budget {budget!r}: sampler {sampler!r} takes none")
-    return parse_budget(budget)
-
-
-def _settled(limit: int | None, pool: Pool) -> int:
-    """The budget itself, checked against a scheme; without one, what the scheme, or else the whole pool, costs."""
-    if not pool.ratios:
-        whole = sum(pool.shapes[name].in_channels * cost for name, cost in pool.costs.items())
-        return whole if limit is None else limit
-    wanted = scheme_cost(pool)
-    if limit is not None and wanted > limit:
-        raise ValueError(f"budget of {limit} {pool.cost.unit}: the scheme of `layers` takes {wanted}")
-    return wanted if limit is None else limit
-
-
-def _check_ratios(
-    sampler: str, chosen: Strategy, layers: Sequence[str] | Mapping[str, float] | None
-) -> dict[str, float]:
-    if chosen.layers != "scheme":
-        return {}
-    if not isinstance(layers, Mapping) or not all(0 < ratio <= 1 for ratio in layers.values()):
-        raise ValueError(
-            f"layers {layers!r}: sampler {sampler!r} wants a part in (0, 1] of each layer by name, such as "
-            "trady_triton.models.su_layers gives"
-        )
-    return dict(layers)
 
 
 def _check_depth(plan: Plan) -> None:
@@ -456,13 +366,4 @@ def _check_names(layers: Sequence[str], shapes: Mapping[str, LayerShape]) -> Non
         raise ValueError(
             f"layers {list(layers)}: wanted distinct names out of the ranking's {len(shapes)} layers; unknown: "
             f"{unknown or 'none'}"
-        )
-
-
-def _check_budget(budget: int, costs: Mapping[str, int], unit: str) -> None:
-    cheapest = min(costs, key=lambda name: costs[name])
-    if budget < costs[cheapest]:
-        raise ValueError(
-            f"budget of {budget} {unit} fits no channel: the smallest workable budget is {costs[cheapest]} {unit}, one "
-            f"channel of layer {cheapest!r}"
         )

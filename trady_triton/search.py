@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.batch import Batch, Shape, num_samples, samples_in
+from trady_triton.budget import parse_budget
 from trady_triton.nn import choose_recompute
-from trady_triton.plan import Plan, make_plan, parse_budget
+from trady_triton.plan import Plan, make_plan
 from trady_triton.policy import Policy
 from trady_triton.promise import bound
 from trady_triton.ranking import Ranking

@@ -13,7 +13,7 @@ from rich.console import Console
 from trady_triton.app.build import build_model, check_name, input_size
 from trady_triton.app.cli_base import app, note, reported
 from trady_triton.app.planning import pick_device
-from trady_triton.plan import parse_budget
+from trady_triton.budget import parse_budget
 
 
 @app.command()
