@@ -91,7 +91,8 @@ def test_ones_row_is_the_bias_gradient(layout, generator):
     store, dy, channel_dim = make(layout, 16, 2, (6, 7), 12, generator=generator)
     out = token_wgrad(store, dy, channel_dim, ones_row=True)
     bias = dy.double().movedim(channel_dim, -1).flatten(0, -2).sum(0)
-    assert torch.equal(out[:16], token_wgrad(store, dy, channel_dim))
+    alone = token_wgrad(store, dy, channel_dim)  # BLAS, below the interpreter, sums rows by place
+    assert relative_error(out[:16], alone.double()) <= 2e-6
     assert relative_error(out[16], bias) <= 2e-6
     assert torch.allclose(token_wgrad_ref(store, dy, channel_dim, ones_row=True), out, atol=1e-4)
 
@@ -138,7 +139,7 @@ def test_disjoint_unions_concatenate_and_permutations_permute(K, cut, T, layout)
     order = torch.randperm(K)
     shuffled = torch.empty(K, store.stride(0))[:, : store.shape[1]].copy_(store[order])
     assert torch.allclose(torch.cat(parts), whole, rtol=1e-5, atol=1e-4)
-    assert torch.equal(token_wgrad(shuffled, dy, channel_dim), whole[order])
+    assert torch.allclose(token_wgrad(shuffled, dy, channel_dim), whole[order], rtol=1e-5, atol=1e-4)
 
 
 @FEW

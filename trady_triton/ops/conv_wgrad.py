@@ -25,7 +25,7 @@ from trady_triton.ops.conv_geometry import (
     split_count,
     upcast,
 )
-from trady_triton.ops.dispatch import INTERPRET, backend, jit, launch, tl, use_triton
+from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
 from trady_triton.ops.store import padded
@@ -176,6 +176,13 @@ def _reduce(partials: torch.Tensor, out: torch.Tensor, taps: int) -> torch.Tenso
     return out
 
 
+def conv_config(dy: torch.Tensor, k: int, kernel_size: Sequence[int]) -> Config:
+    """What runs for k channels and dy [N, O, P, Q]."""
+    O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
+    shape = {"T": dy.numel() // O, "O": O, "K": k, "TAPS": taps, "PQ": dy.shape[2] * dy.shape[3]}
+    return select_config("conv_wgrad", shape, dy.dtype, Arch.of(dy.device))
+
+
 def conv_wgrad_impl(
     x: torch.Tensor, dy: torch.Tensor, k: int, kernel_size: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], out_dtype: torch.dtype,
@@ -185,11 +192,10 @@ def conv_wgrad_impl(
     dy = in_place(dy)
     if k == 0 or not use_triton(x) or not fits_kernel(x, dy):
         return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)
-    O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
-    shape = {"T": dy.numel() // O, "O": O, "K": k, "TAPS": taps, "PQ": dy.shape[2] * dy.shape[3]}
-    config = select_config("conv_wgrad", shape, x.dtype, Arch.of(x.device))
-    if config.backend == "mm" and backend() != "triton":
+    config = conv_config(dy, k, kernel_size)
+    if takes_library(config):
         return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)
+    O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
     out = torch.empty(k, O, *kernel_size, dtype=out_dtype, device=dy.device)
     if config.split == 1:
         _launch(x, dy, out, k, config, *geometry)

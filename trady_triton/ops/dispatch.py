@@ -38,7 +38,18 @@ else:
     except ImportError:
         triton = tl = None
 
-__all__ = ["BACKENDS", "INTERPRET", "backend", "deterministic", "jit", "launch", "tl", "triton", "use_triton"]
+__all__ = [
+    "BACKENDS",
+    "INTERPRET",
+    "backend",
+    "deterministic",
+    "jit",
+    "launch",
+    "takes_library",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 BACKENDS = ("auto", "triton", "torch")
 INTERPRET: bool = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -82,6 +93,11 @@ def use_triton(tensor: torch.Tensor) -> bool:
             "on the CPU they only run when TRITON_INTERPRET=1 was set before the first import"
         )
     return True
+
+
+def takes_library(config: Config) -> bool:
+    """Whether `config` names cuBLAS or cuDNN on the compact data, and no backend is forced."""
+    return config.backend == "mm" and backend() != "triton"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constexprs: Any) -> None:

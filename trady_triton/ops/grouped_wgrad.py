@@ -25,7 +25,7 @@ from trady_triton.ops.conv_geometry import (
     upcast,
 )
 from trady_triton.ops.depthwise_wgrad import depthwise_shape, depthwise_wgrad_launch, dequantize_tile
-from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl, use_triton
+from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.quantize import dequantize_channels_ref, quantized_bytes
 from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
@@ -147,7 +147,7 @@ def _choose(
     if M <= MAX_DIAGONAL_OUTPUTS:
         shape = depthwise_shape(x, dy, M, kernel_size, stride, padding, dilation)
         config = select_config("depthwise_wgrad", shape, dy.dtype, arch)
-        if config.backend == "triton":
+        if config.backend != "taps":
             return depthwise_wgrad_launch, config
     T = dy.shape[0] * dy.shape[2] * dy.shape[3]
     shape = {"K": x.shape[0], "M": M, "TAPS": kernel_size[0] * kernel_size[1], "T": T}
@@ -164,6 +164,8 @@ def _impl(
     if not use_triton(x) or not fits_kernel(x, dy):
         return grouped_wgrad_ref(x, dy, channels, group, *geometry, out_dtype, scale=scale, zero=zero)
     fill, config = _choose(x, dy, group[1], *geometry)
+    if takes_library(config):
+        return grouped_wgrad_ref(x, dy, channels, group, *geometry, out_dtype, scale=scale, zero=zero)
     out = torch.empty(x.shape[0], group[1], *kernel_size, dtype=out_dtype, device=dy.device)
     if config.split == 1:
         fill(x, dy, channels, scale, zero, out, config, group, *geometry)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from trady_triton.ops.conv_geometry import check_pair
-from trady_triton.ops.conv_wgrad import conv_wgrad_impl, dense_wgrad
-from trady_triton.ops.dispatch import use_triton
+from trady_triton.ops.conv_wgrad import conv_config, conv_wgrad_impl, dense_wgrad
+from trady_triton.ops.dispatch import takes_library, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.store import store_channels
 
@@ -32,9 +32,10 @@ def _impl(
     dilation: Sequence[int], out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     geometry = (kernel_size, stride, padding, dilation)
-    if not use_triton(store):
-        return planes_wgrad_ref(store, dy, *geometry, out_dtype)
     K = store.shape[0]
+    empty = store.numel() == 0 or dy.numel() == 0
+    if empty or not use_triton(store) or takes_library(conv_config(dy, K, kernel_size)):
+        return planes_wgrad_ref(store, dy, *geometry, out_dtype)
     taps = store_channels(store.transpose(0, 1), torch.arange(K, device=store.device), "taps")
     return conv_wgrad_impl(taps, dy, K, *geometry, out_dtype)
 

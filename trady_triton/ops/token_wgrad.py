@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from trady_triton.ops.dequantize import GROUP, dequantize_channels_ref
-from trady_triton.ops.dispatch import INTERPRET, backend, deterministic, jit, launch, tl, use_triton
+from trady_triton.ops.dispatch import INTERPRET, deterministic, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.quantize import quantized_bytes
 from trady_triton.ops.select_config import (
@@ -231,7 +231,7 @@ def _impl(
             layout = cast(TokenLayout, token_layout(dy, channel_dim))
         shape = {"T": layout.T, "O": layout.O, "K": M, "PQ": layout.PQ, "bits": bits}
         config = select_config("token_wgrad", shape, dy.dtype, Arch.of(dy.device))
-        if config.backend == "triton" or backend() == "triton":
+        if not takes_library(config):
             operands = _Operands(store, dy, scale, zero, bits, layout, M)
             return _run(operands, out_dtype, two_pass or deterministic(False), config)
     return token_wgrad_ref(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.grad import conv2d_weight
 
-from trady_triton.ops.dispatch import INTERPRET, backend, jit, launch, tl, use_triton
+from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.select_config import (
     MAX_WORKSPACE_BYTES,
@@ -97,7 +97,7 @@ def _impl(x: torch.Tensor, dy: torch.Tensor, channel_dim: int) -> torch.Tensor:
     if a is None or b is None:
         return _impl(x.contiguous(), dy.contiguous(), channel_dim)
     config = select_config("wgrad_sqnorm", {"T": a.T, "C": a.O, "O": b.O}, x.dtype, Arch.of(x.device))
-    if config.backend == "mm" and backend() != "triton":
+    if takes_library(config):
         return wgrad_sqnorm_ref(x, dy, channel_dim)
     return _launch(x, dy, a, b, config)
 
