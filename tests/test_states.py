@@ -199,6 +199,7 @@ def test_the_ledger_counts_the_state_and_no_draw_exceeds_its_budget(kind, option
     [
         ({"algorithm": "lion"}, "algorithm 'lion': wanted one of sgd, adamw"),
         ({"state_policy": "keep"}, "state_policy 'keep': wanted one of carry, reset"),
+        ({"average_at": "end"}, "average_at .end.: wanted one of step, backward"),
         ({"momentum": -0.1}, "momentum -0.1"),
         ({"nesterov": True}, "nesterov: wanted a momentum"),
         ({"algorithm": "adamw", "momentum": 0.9}, "AdamW has betas"),

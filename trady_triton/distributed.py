@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class Processes:
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
-        self._averaged = False
+        self._averaged = self._is_queued = False
         self._agreed: str | None = None
 
     @property
@@ -49,6 +50,21 @@ class Processes:
             slot.draw.averaged = True
         self._averaged = True
 
+    def after_backward(self, leaf: Tensor, action: WeakMethod[Callable[[], None]]) -> None:
+        """Act at the end of every backward that reaches the leaf, once for all leaves."""
+
+        def queue(_: Tensor) -> None:
+            if not self._is_queued:
+                self._is_queued = True
+                torch.autograd.Variable._execution_engine.queue_callback(act)
+
+        def act() -> None:
+            self._is_queued = False
+            if (method := action()) is not None:
+                method()
+
+        leaf.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
+
     def copy_from_last(self, tensors: Iterable[Tensor], device: torch.device, is_last: bool) -> None:
         """Give all processes the tensors of one that had batches to the end."""
         rank = torch.tensor(dist.get_rank(self.group) if is_last else -1, device=device)
@@ -59,8 +75,8 @@ class Processes:
             tensor.copy_(value)
 
     def forget(self) -> None:
-        """What was averaged is used up."""
-        self._averaged = False
+        """What was averaged is used up; a backward that failed has left nothing to wait for."""
+        self._averaged = self._is_queued = False
 
     def must_average(self, slots: Sequence[ChannelSlot], used: bool) -> bool:
         """Whether a step of several processes still has to average; the same in all of them.

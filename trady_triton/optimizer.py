@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
             counts for nothing.
         max_grad_norm: clip the joint norm of all gradients in `step()`. For loops that clip over `model.parameters()`,
             which lacks the compact gradients: what they have clipped is not clipped twice (with one process).
+        average_at: when several processes average compact gradients: "step", at once for all backwards of a step; or
+            "backward", after each, for loops that unscale or clip before the step and cannot call `synchronize()`.
         process_group: whose processes train together; by default all, where torch.distributed is initialised.
 
     Raises:
@@ -84,6 +87,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         state_policy: str = "carry",
         resample_every: int | str = "epoch",
         max_grad_norm: float | None = None,
+        average_at: str = "step",
         process_group: ProcessGroup | None = None,
     ) -> None:
         Joinable.__init__(self)
@@ -95,9 +99,9 @@ class TraDyOptimizer(ChannelGroups, Joinable):
                 f"plan of type {type(plan).__name__}: wanted the Plan that was applied to the model, and "
                 "the parameters lead to none"
             )
-        check_whole(state_policy, resample_every, max_grad_norm)
+        check_whole(state_policy, resample_every, max_grad_norm, average_at)
         options = defaults_of(algorithm, momentum, nesterov, betas, eps)
-        self.resample_every, self.max_grad_norm = resample_every, max_grad_norm
+        self.resample_every, self.max_grad_norm, self.average_at = resample_every, max_grad_norm, average_at
         self._update_channels = ChannelUpdate(algorithm)
         self._processes = Processes(process_group)
         self._warns = max_grad_norm is None
@@ -231,6 +235,12 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         if self._processes.count > 1 and self.epoch is not None:
             name = f"epoch {self.epoch} of plan {self.plan.fingerprint}"
             self._processes.average(self._all_slots(), self._digest, name)
+
+    def _install(self, epoch: int, channels: Mapping[str, Sequence[int]]) -> None:
+        super()._install(epoch, channels)
+        if self.average_at == "backward":
+            for proxy in self._proxies():
+                self._processes.after_backward(proxy, WeakMethod(self.synchronize))
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """What a process does that ran out of batches, inside torch's `with Join([model, optimizer]):`.

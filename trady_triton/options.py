@@ -48,9 +48,10 @@ def defaults_of(
     return {"betas": betas, "eps": eps}
 
 
-def check_whole(state_policy: str, resample_every: int | str, max_grad_norm: float | None) -> None:
+def check_whole(state_policy: str, resample_every: int | str, max_grad_norm: float | None, average_at: str) -> None:
     """Raises ValueError for options that do not belong to a group."""
     _check_choice("state_policy", state_policy, STATE_POLICIES)
+    _check_choice("average_at", average_at, ("step", "backward"))
     is_count = isinstance(resample_every, int) and not isinstance(resample_every, bool) and resample_every >= 1
     if not is_count and resample_every != "epoch":
         raise ValueError(f"resample_every {resample_every!r}: wanted 'epoch' or a number of steps of at least 1")

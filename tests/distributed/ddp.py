@@ -118,6 +118,22 @@ def check_clipping_after_synchronize():
     train_both({}, clipped(True), clipped(False))
 
 
+def check_loops_that_cannot_synchronize():
+    """Unscaling and clipping between the last backward and the step, in two micro-batches, as others' loops do."""
+
+    def train(net, optimizer, batch):
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        x, y = own(batch) if isinstance(net, DistributedDataParallel) else batch
+        for part in (slice(0, len(y) // 2), slice(len(y) // 2, None)):
+            scaler.scale(F.cross_entropy(net(x[part]), y[part]) / 2).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(trained(optimizer), 0.05)
+        scaler.step(optimizer)
+
+    train_both({"momentum": 0.9, "average_at": "backward"}, train, train)
+
+
 def check_uneven_samples():
     """The last batch has 5 samples here and 3 there: the mean over ranks needs the losses weighted."""
 
@@ -213,7 +229,12 @@ def check_gradients_used_too_early():
 
 
 def check_infinities_of_one_process_stop_all():
-    net, optimizer = planned()
+    for average_at in ("step", "backward"):
+        all_stop(average_at)
+
+
+def all_stop(average_at):
+    net, optimizer = planned(average_at=average_at)
     parallel = DistributedDataParallel(net)
     optimizer.resample(0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -223,7 +244,8 @@ def check_infinities_of_one_process_stop_all():
         proxy = next(p for p in trained(optimizer)[2:] if p.numel())
         proxy.register_hook(lambda grad: grad * float("inf"))
     scaler.scale(F.cross_entropy(parallel(x), y)).backward()
-    optimizer.synchronize()
+    if average_at == "step":
+        optimizer.synchronize()
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 512.0
