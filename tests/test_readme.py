@@ -86,6 +86,7 @@ def test_compile(names, monkeypatch):
     check_trained(run("torch.compile", names))
 
 
+@pytest.mark.filterwarnings("error:gradients of the parameters")
 def test_several_processes(names, monkeypatch):
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(variable, value)

@@ -31,9 +31,14 @@ class Processes:
         self._agreed: str | None = None
 
     @property
+    def exist(self) -> bool:
+        """Whether somebody has made a process group, of one process maybe."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
     def count(self) -> int:
         """How many; 1 where nobody has made a process group."""
-        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size(self.group) if self.exist else 1
 
     def average(self, slots: Sequence[ChannelSlot], draw: str, name: str) -> None:
         """Average the compact gradients over the processes. All must have the draw of that hexadecimal digest.

@@ -313,11 +313,12 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     def _clip(self) -> None:
         """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""
         whole = [parameter for _, parameters in self._whole() for parameter in parameters]
-        # Where processes train together, whole gradients change after the backward by being averaged.
+        # Where processes train together, whole gradients change after the backward by being averaged; alone in its
+        # group, a process may also find them copied.
         watch = self._watch if self._processes.count == 1 else None
         if self.max_grad_norm is not None:
             clip_jointly_(whole, self._proxies(), self.max_grad_norm, watch)
-        elif self._warns and watch is not None and missed_compact(watch, whole, self._proxies()):
+        elif self._warns and not self._processes.exist and missed_compact(self._watch, whole, self._proxies()):
             self._warns = False
             warnings.warn(
                 "gradients of the parameters that are trained whole were changed after the backward, as by "

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from app_files import write_npz
 from typer.testing import CliRunner
 
@@ -150,6 +151,21 @@ def test_a_corrupt_checkpoint_is_an_error(run, tmp_path):
     path = tmp_path / "run" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:5000])
     assert "checkpoint.pt: truncated, damaged" in error_of(run("--budget", 3000, "--resume"))
+
+
+@pytest.mark.parametrize("foreign", [b"damaged", None])
+def test_the_checkpoint_before_a_damaged_one_is_taken_and_said(run, tmp_path, foreign):
+    assert run("--budget", 3000, epochs=2).exit_code == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    if foreign is None:
+        torch.save({"model": {}}, path)
+    else:
+        path.write_bytes(foreign)
+    result = run("--budget", 3000, "--resume", epochs=2)
+    assert result.exit_code == 0, result.output
+    assert f"{path}: " in result.stderr
+    assert f"going back to {path}.previous" in result.stderr
+    assert "resumed after 1 epochs and 0 steps" in result.stderr
 
 
 def test_resume_with_another_setting_is_an_error(run):

@@ -8,6 +8,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed (extra hf)
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from integrations.twin import hand_written
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
@@ -47,28 +48,13 @@ def train(accelerator, model, optimizer, loader, epochs):
                 optimizer.zero_grad()
 
 
-def hand_written(plan, epochs, accumulate=1):
-    net = apply_plan(toy_net(), plan)
-    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
-    for epoch in epochs:
-        optimizer.resample(epoch)
-        batches = toy_batches(4)
-        for start in range(0, 4, accumulate):
-            optimizer.zero_grad()
-            for x, y in batches[start : start + accumulate]:
-                (F.cross_entropy(net(x), y) / accumulate).backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.5)
-            optimizer.step()
-    return net
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_prepared_loop_equals_one_written_by_hand(accelerator, accumulate):
     plan = toy_plan(toy_net())
     helper = accelerator(gradient_accumulation_steps=accumulate)
     model, optimizer, loader = prepared(helper, plan)
     train(helper, model, optimizer, loader, range(2))
-    expected = hand_written(plan, range(2), accumulate)
+    expected = hand_written(plan, 4, accumulate, clip=0.5)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
 

@@ -10,10 +10,21 @@ pytest.importorskip("transformers", reason="transformers is not installed (extra
 pytest.importorskip("accelerate", reason="accelerate is not installed (extra hf)")
 
 from integrations.bert import Sentences, bert, collate, loss_of, padded, planned, sentences
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.activations import GELUActivation
 
-from trady_triton import TraDyOptimizer, apply_plan, choose_recompute, ledger, make_plan, measure, rank_layers
+from trady_triton import (
+    TraDyOptimizer,
+    apply_delta,
+    apply_plan,
+    choose_recompute,
+    ledger,
+    make_plan,
+    measure,
+    rank_layers,
+    save_delta,
+)
 from trady_triton.integrations.hf import TraDyCallback
 from trady_triton.nn import LeanLinear
 
@@ -212,6 +223,21 @@ def test_bfloat16_moves_only_what_is_drawn(tmp_path):
             assert not changed.any()
     assert (net.classifier.weight != before["classifier.weight"]).any()
     assert all((net.get_submodule(layer).weight != before[f"{layer}.weight"]).any() for layer in drawn)
+
+
+def test_a_delta_of_bert_holds_the_drawn_channels_and_the_head(tmp_path):
+    net, plan = planned()
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.3)
+    trainer(tmp_path, net, optimizer, TraDyCallback(), num_train_epochs=1).train()
+    size = save_delta(tmp_path / "d.safetensors", bert(), net)
+    assert size.delta_bytes < size.full_bytes / 2
+    content = load_file(tmp_path / "d.safetensors")
+    whole = {key for key in content if key.startswith("whole/")}
+    assert whole == {"whole/classifier.weight", "whole/classifier.bias"}
+    drawn = plan.sample(0)
+    for layer in drawn:
+        assert set(content[f"channels/{layer}.weight"].tolist()) <= set(drawn[layer])
+    assert same(apply_delta(bert(), tmp_path / "d.safetensors"), net)
 
 
 def test_a_pretrained_bert_learns_under_a_budget(tmp_path, data_folder):

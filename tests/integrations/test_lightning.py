@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("lightning", reason="lightning is not installed (extra lightning)")
 
+from integrations.twin import hand_written
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from toys import toy_batches, toy_net, toy_plan
@@ -53,32 +54,11 @@ def fit(task, ckpt_path=None, callbacks=(), **options):
     return task
 
 
-def hand_written(plan, accumulate=1, clip=None):
-    net = apply_plan(toy_net(), plan)
-    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
-    for epoch in range(2):
-        optimizer.resample(epoch)
-        batches = toy_batches(6)
-        for start in range(0, 6, accumulate):
-            optimizer.zero_grad()
-            for x, y in batches[start : start + accumulate]:
-                (F.cross_entropy(net(x), y) / accumulate).backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-            optimizer.step()
-    return net
-
-
-def same(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}], ids=str)
 def test_a_fit_equals_a_loop_written_by_hand(options):
     plan = toy_plan(toy_net())
     task = fit(Task(plan), **options)
-    expected = hand_written(plan, options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val"))
+    expected = hand_written(plan, 6, options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val"))
     assert task.draws == [0] * 6 + [1] * 6
     for name, tensor in task.net.state_dict().items():
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=1e-12, atol=1e-14)
