@@ -8,8 +8,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import trady_triton.models  # noqa: F401, registers the paper's nets
-from trady_triton import Plan, Ranking, make_plan, rank_layers
+from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan, rank_layers
+from trady_triton.meters import FlopsByKind
+from trady_triton.models import ranking_for
 from trady_triton.ranking import LayerNorms
 
 FIGURE_9 = json.loads((Path(__file__).parent / "data" / "mobilenetv2_w035_fig9.json").read_text())
@@ -70,3 +71,23 @@ def test_half_of_the_channels_in_the_pool_are_depthwise(paper_ranking):
     plan = paper_plan(paper_ranking, 27946, k=35)
     depthwise = sum(plan.shapes[name].in_channels for name in plan.pool if plan.shapes[name].is_depthwise)
     assert (depthwise, sum(plan.shapes[name].in_channels for name in plan.pool)) == (2352, 5248)
+
+
+def test_the_backward_of_a_real_network_stops_at_the_drawn_depth():
+    net = timm.create_model("mobilenetv2_w035", num_classes=10, norm_layer=torch.nn.Identity, feature_mix=False)
+    plan = make_plan(ranking_for(net, 128), budget=27946, dgrad_budget=0.3)
+    full = plan.dgrad_flops_above("stem")
+    assert plan.expected(300).dgrad_flops == pytest.approx(0.3 * full, rel=0.1)
+    optimizer = TraDyOptimizer(apply_plan(net, plan).parameters(), plan)
+    x, y = torch.randn(2, 3, 128, 128), torch.tensor([1, 2])
+    head = 2 * net.fc.weight.numel() * len(y)  # dX of the head, which no plan counts
+    seen = set()
+    for epoch in range(6):
+        drawn = optimizer.resample(epoch)
+        lowest = next(name for name in plan.shapes if drawn[name])
+        with FlopsByKind(net) as flops:
+            F.cross_entropy(net(x), y).backward()
+        assert flops.dgrad_flops == len(y) * plan.dgrad_flops_above(lowest) + head
+        seen.add(lowest)
+        optimizer.zero_grad()
+    assert len(seen) > 2
