@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from tests.ops.numerics import GuardedArena, assert_no_worse_than
-from trady_triton.ops.act_pack import act_pack, act_pack_ref, act_unpack, act_unpack_ref, code_bytes
+from trady_triton.ops.act_pack import act_pack, act_pack_, act_pack_ref, act_unpack, act_unpack_ref, code_bytes
 from trady_triton.ops.activation import EXACT, SMOOTH, bounds
 
 FUNCTIONS = {
@@ -186,6 +186,26 @@ def test_pack_and_unpack_pass_opcheck(kind, bits):
     opcheck(torch.ops.trady.act_pack, (x, kind, bits, low, high, None))
     code = torch.zeros(code_bytes(30, bits), dtype=torch.uint8)
     opcheck(torch.ops.trady.act_unpack, (x, code, kind, bits, list(x.stride())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("relu", 1), ("relu6", 1), ("hardsigmoid", 1), ("hardswish", 8), ("silu", 2)]
+)
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "slice"])
+def test_in_place_is_the_same_in_place(memory, kind, bits, backend, generator):
+    plain = torch.randn(2, 5, 3, 7, generator=generator)
+    x = plain.clone()
+    if memory != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last) if memory == "channels_last" else plain.repeat(1, 1, 2, 1)
+    x = x[:, :, :3]
+    y, code = act_pack(x, kind, bits)
+    with GuardedArena():
+        assert torch.equal(act_pack_(x, kind, bits), code)
+    assert torch.equal(x, y)
+
+
+def test_in_place_passes_opcheck():
+    opcheck(torch.ops.trady.act_pack_, (torch.randn(2, 3, 5), "relu6", 1, 0.0, 6.0, None))
 
 
 @pytest.mark.parametrize(
