@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo bench bench-gpu study test test-gpu test-compat lint clean
+.PHONY: demo bench bench-gpu tables study test test-gpu test-compat lint clean
 
 # Threads that wait must not spin: where another program shares the cores, that slows each step many times over.
 demo: $(VENV)/.demo
@@ -30,6 +30,11 @@ bench: $(VENV)/.bench
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -m trady_triton.bench --mode cuda
+
+# The tables of the READMEs from results, and the demo's where `make demo` has run; `make bench` does it as well.
+tables: $(VENV)/.bench
+	$(BIN)/python -m trady_triton.bench.bench_memory
+	$(BIN)/python -m trady_triton.bench.report $(if $(wildcard demo-output/demo.json),--demo demo-output/demo.json)
 
 # docs/paper.md anew, from a folder of images and weights: make study DATA=path. A stopped run goes on.
 study: $(VENV)/.demo

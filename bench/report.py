@@ -15,8 +15,9 @@ from trady_triton.bench.plots import plot_pareto
 from trady_triton.bench.readme import fill
 from trady_triton.bench.store import KIND
 from trady_triton.bench.tables import STEP_COLUMNS, Row, markdown, origin, step_cells, why_not
-from trady_triton.serial import read_json
+from trady_triton.serial import read_json, write_json
 
+FILES = "README.md,trady_triton/nn/README.md"
 HOW_TO_READ = """Memory is beyond the net's own weights and the batch: B_mem is the budget of the plan (compact stores \
 and compact gradients of drawn channels); kept is what lives between forward and backward; peak is the most that lives \
 at once, gradients, optimizer state, adapters and channel ids included; inference is the peak of a forward without \
@@ -127,9 +128,12 @@ def write(folder: Path) -> Path:
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of all results.")] = RESULTS,
-    files: Annotated[str, typer.Option(help="Files whose tables are filled, with commas.")] = "README.md",
+    files: Annotated[str, typer.Option(help="Files whose tables are filled, with commas.")] = FILES,
+    demo: Annotated[Path | None, typer.Option(help="Take over a demo.json of `make demo` first.")] = None,
 ) -> None:
     """Write the report of every device, and the tables between markers."""
+    if demo is not None:
+        write_json(results / "demo.json", "demo", read_json(demo, "demo"))
     for folder in sorted(path.parent for path in results.glob("*/step.json")):
         typer.echo(f"{write(folder)} written")
     for name in files.split(","):

@@ -38,6 +38,13 @@ def test_methods_keep_their_contract(gate: Gate, name: str) -> None:
     assert verdict.error <= verdict.limit
 
 
+@pytest.mark.parametrize("name", ["lora", "loha", "badam", "adamw-bnb", "adamw-torchao"])
+def test_packages_keep_their_contract_where_they_are_installed(gate: Gate, name: str) -> None:
+    pytest.importorskip(METHODS[name].package)
+    verdict = gate.check(METHODS[name])
+    assert verdict.is_green, verdict.why
+
+
 def a_weight(model: nn.Module) -> nn.Parameter:
     return next(p for name, p in model.named_parameters() if name.startswith("blocks.3.") and p.dim() == 4)
 

@@ -8,7 +8,7 @@ import torch
 
 from trady_triton.bench.equal_memory import front, verdict_table, verdicts
 from trady_triton.bench.readme import TABLES, filled, sources
-from trady_triton.bench.report import report, write
+from trady_triton.bench.report import FILES, report, write
 from trady_triton.bench.store import Store
 from trady_triton.bench.tables import step_cells
 
@@ -127,14 +127,14 @@ def test_an_unknown_marker_is_named(tmp_path: Path) -> None:
         filled("<!-- bench:speed -->\n<!-- /bench -->", tmp_path)
 
 
-@pytest.mark.parametrize("file", ["README.md", "trady_triton/nn/README.md"])
+@pytest.mark.parametrize("file", FILES.split(","))
 def test_tables_of_the_readme_agree_with_the_results(file: str) -> None:
     text = (ROOT / file).read_text()
     assert filled(text, ROOT / "bench" / "results") == text, "run: python -m trady_triton.bench.report"
 
 
 def test_every_table_that_has_results_stands_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / file).read_text() for file in FILES.split(","))
     for name in TABLES:
         if sources(name, ROOT / "bench" / "results"):
             assert f"<!-- bench:{name} -->" in text
