@@ -64,6 +64,12 @@ def test_only_drawn_channels_and_the_head_are_in_the_file(tmp_path):
     assert any(f"channels/{name}.weight" in content for name in ("depthwise", "grouped"))
 
 
+def test_the_file_may_be_read_by_those_who_may_read_others(tmp_path):
+    (tmp_path / "other").touch()
+    save_delta(tmp_path / "d.safetensors", toy_net(), trained()[0])
+    assert (tmp_path / "d.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_the_size_is_reported_against_a_full_checkpoint(tmp_path):
     size = save_delta(tmp_path / "d.safetensors", toy_net(), trained()[0])
     save_file(toy_net().state_dict(), tmp_path / "full.safetensors")

@@ -22,7 +22,10 @@ def written_whole(path: str | os.PathLike[str], *, keep: str | None = None) -> I
     target = Path(path)
     scratch = target.with_name(target.name + ".part")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode
         yield scratch
+        scratch.chmod(mode)  # safetensors makes files that nobody else can read
         _flush(scratch)
     except BaseException:
         scratch.unlink(missing_ok=True)
