@@ -11,6 +11,7 @@ from trady_triton.bench.equal_memory import summary
 from trady_triton.bench.methods import METHODS
 from trady_triton.bench.store import KIND, Row
 from trady_triton.bench.tables import markdown, mib, origin, short
+from trady_triton.bench.tables_lean import kept_table, peak_table
 from trady_triton.serial import read_json
 
 _BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
@@ -51,6 +52,8 @@ def _each_device(table: Callable[[Row], str]) -> Callable[[list[Row]], str]:
 # Marker -> (pattern of files below bench/results, their format, table of their contents)
 TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "memory": ("memory.json", KIND, lambda contents: memory_table(list(contents[0]["cases"].values()))),
+    "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
+    "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),
     "demo": ("demo.json", "demo", lambda contents: demo_table(contents[0])),
     "steps": ("*/step.json", KIND, _each_device(steps_table)),
     "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
