@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan, rank_layers
+from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, ledger, make_plan, measure, rank_layers
 from trady_triton.meters import FlopsByKind
 from trady_triton.models import ranking_for
 from trady_triton.ranking import LayerNorms
@@ -91,3 +91,21 @@ def test_the_backward_of_a_real_network_stops_at_the_drawn_depth():
         seen.add(lowest)
         optimizer.zero_grad()
     assert len(seen) > 2
+
+
+def test_what_training_adds_over_inference_in_the_papers_setting_stays_below_256_kib(paper_ranking):
+    net = timm.create_model("mobilenetv2_w035", num_classes=10)
+    plan = paper_plan(paper_ranking, 27946)
+    for epoch in range(5):
+        books = ledger(net, plan, (1, 3, 128, 128), epoch=epoch)
+        channels = books.kept_by_kind["trained channels"] + books.compact_gradient_bytes
+        masks, head_input, loss = (books.kept_by_kind[kind] for kind in ("activation", "conv and linear", "other"))
+        added = books.kept_bytes + books.compact_gradient_bytes + books.whole_gradient_bytes + books.draw_bytes
+        assert added == channels + masks + head_input + loss + books.whole_gradient_bytes + books.draw_bytes
+        assert added < 256 * 1024
+        # A training step peaks where inference does: what is added lives while the working set is small.
+        assert books.peak_bytes <= books.inference_bytes + books.draw_bytes
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan)
+    optimizer.resample(epoch)
+    assert measure(net, optimizer, torch.randn(1, 3, 128, 128), torch.zeros(1, dtype=torch.int64)) == books
