@@ -52,11 +52,11 @@ def _each_device(table: Callable[[Row], str]) -> Callable[[list[Row]], str]:
 # Marker -> (pattern of files below bench/results, their format, table of their contents)
 TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "memory": ("memory.json", KIND, lambda contents: memory_table(list(contents[0]["cases"].values()))),
-    "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
-    "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),
     "demo": ("demo.json", "demo", lambda contents: demo_table(contents[0])),
     "steps": ("*/step.json", KIND, _each_device(steps_table)),
     "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
+    "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
+    "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),
 }
 
 
