@@ -166,15 +166,16 @@ def _unlawful_changes(training: Training, before: Mapping[str, Tensor]) -> str:
     return "" if changed else "a step changed nothing"
 
 
-def _slope_error(training: Training, step: Any, length: float = 1e-4) -> float:
-    """How far the loss's change along the gradient is from what the gradient says; relative."""
+def _slope_error(training: Training, step: Any) -> float:
+    """How far the loss's change along the gradient, by a millionth, is from what the gradient says; relative."""
     training.optimizer.zero_grad()
     step.backward(training.model)
     parameters = [p for p in training.model.parameters() if p.requires_grad and p.grad is not None]
     norm = torch.stack([p.grad.norm() for p in parameters]).norm()  # type: ignore[union-attr]
     along = [p.grad / norm for p in parameters]  # type: ignore[operator]
-    losses = []
+    losses: list[float] = []
     with torch.no_grad():
+        length = 1e-6 * float(step.forward(training.model)) / float(norm)
         for sign in (1, -2):
             for parameter, direction in zip(parameters, along, strict=True):
                 parameter.add_(direction, alpha=sign * length)

@@ -56,6 +56,13 @@ def scaled(model: nn.Module, setup: Setup):
     return training
 
 
+def doubled(model: nn.Module, setup: Setup):
+    """Head only, its gradient twice what it should be."""
+    training = partial.head_only(model, setup)
+    model.get_classifier().weight.register_hook(lambda grad: 2 * grad)
+    return training
+
+
 def decaying(model: nn.Module, setup: Setup):
     """Head only, but weight decay reaches the frozen weights."""
     training = partial.head_only(model, setup)
@@ -93,6 +100,7 @@ def idle(model: nn.Module, setup: Setup):
 
 BROKEN = (
     (scaled, "dense", "gradients err"),
+    (doubled, "adapter", "the loss moves"),
     (decaying, "dense", "changed, which is not trained"),
     (leaking, "channels", "changed, which is not trained"),
     (idle, "dense", "changed nothing"),
