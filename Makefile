@@ -40,6 +40,7 @@ tables: $(VENV)/.bench
 study: $(VENV)/.demo
 	@test -n "$(DATA)" || { echo "make study DATA=path: wanted the folder that bench/specs/*.yaml name files of"; exit 2; }
 	OMP_WAIT_POLICY=passive $(BIN)/trady study bench/specs/recordings.yaml --data $(DATA) --out bench/results/paper
+	OMP_WAIT_POLICY=passive $(BIN)/trady study bench/specs/rankings.yaml --data $(DATA) --out bench/results/paper/nets
 	OMP_WAIT_POLICY=passive $(BIN)/trady experiment bench/specs/paper.yaml --data $(DATA) --out runs/paper --workers 2
 	$(BIN)/trady study --results runs/paper/results.csv --out bench/results/paper --page docs/paper.md
 

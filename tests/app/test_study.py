@@ -14,7 +14,15 @@ from trady_triton.app.cli import app
 from trady_triton.app.experiment import read_csv, write_csv
 from trady_triton.app.recording import Recording, record_run
 from trady_triton.app.spec import DataSet, Net
-from trady_triton.app.study import Run, channel_table, comparison_table, layer_table, strategy_table, tail_table
+from trady_triton.app.study import (
+    Run,
+    channel_table,
+    comparison_table,
+    layer_table,
+    net_table,
+    strategy_table,
+    tail_table,
+)
 from trady_triton.app.study_report import TABLES, refresh
 from trady_triton.models import ranking_for
 from trady_triton.ranking import LayerNorms, Ranking, channel_norms
@@ -71,6 +79,7 @@ def test_layers_rank_alike_and_channels_do_not(runs):
     assert abs(channels[1]["spearman_inside"]) < 0.5
     assert channels[1]["t_test_p"] == pytest.approx(1)  # the same norms in another order: the t-test sees nothing
     assert channels[0]["t_test_p"] < 0.01  # and here it sees a factor of 2, which changes no rank
+    assert [(row["net"], row["seed"]) for row in net_table(runs)] == [("n", 0)]
     assert tail_table(runs)[0] == {"net": "n", "data": "a", "seed": 0, "epoch": 0, "alpha": 1.5, "layers_min": 1.4,
                                    "layers_median": 1.4, "layers_max": 1.4}  # fmt: skip
 
@@ -140,7 +149,7 @@ def test_the_command_records_and_writes_everything(tmp_path):
         with Image.open(tmp_path / "out" / f"{name}.png") as image:
             assert image.width > 600
     for file, table in TABLES.values():
-        assert table(read_csv(tmp_path / "out" / file)).startswith("| ")
+        assert table(read_csv(tmp_path / "out" / file.removeprefix("nets/"))).startswith("| ")
     assert "seconds" not in read_csv(tmp_path / "out" / "results.csv")[0]
     shipped = Ranking.from_dict(json.loads((tmp_path / "mobilenetv2_w035.json").read_text()))
     assert shipped.steps == 4

@@ -56,6 +56,7 @@ def _measurements(grid: Spec, runs: list[tables.Run], out: Path) -> None:
 
     plans = tables.planned(grid, runs[0].recording.ranking)
     written = {
+        "nets": tables.net_table(runs),
         "tails": tables.tail_table(runs),
         "layers": tables.layer_table(runs),
         "channels": tables.channel_table(runs),
@@ -64,7 +65,8 @@ def _measurements(grid: Spec, runs: list[tables.Run], out: Path) -> None:
     }
     _write(written, out)
     plots.plot_tails(written["tails"], out / "tails.png")
-    plots.plot_topology(written["layers"], written["channels"], out / "topology.png")
+    if written["layers"]:
+        plots.plot_topology(written["layers"], written["channels"], out / "topology.png")
     plots.plot_coverage(written["coverage"], out / "coverage.png")
 
 

@@ -112,6 +112,20 @@ def tail_table(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
+def net_table(runs: Sequence[Run]) -> list[Row]:
+    """Of each net's first run: its tails, and how many layers hold 97.6 % of the RGN (the paper's K)."""
+    rows = []
+    for run in {run.net: run for run in reversed(runs)}.values():
+        ranking, tails = run.recording.ranking, tail_table([run])
+        layers = [row["layers_median"] for row in tails]
+        whole = sum(layer.shape.weights + layer.shape.inputs for layer in ranking.layers)
+        rows.append({"net": run.net, "data": run.data, "seed": run.seed, "layers": len(ranking.layers),
+                     "k": len(make_plan(ranking, budget=whole).pool), "alpha_min": min(run.recording.alpha),
+                     "alpha_max": max(run.recording.alpha), "layers_min": min(layers), "layers_max": max(layers),
+                     "accuracy": run.recording.accuracy[-1]})  # fmt: skip
+    return rows
+
+
 def layer_table(runs: Sequence[Run]) -> list[Row]:
     """Spearman of the layers' cumulated norms between any two runs of a net."""
     return [

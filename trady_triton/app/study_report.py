@@ -67,6 +67,16 @@ def _tails(rows: Rows) -> str:
     return _table(["data", "seeds", "all gradients together", "median layer", "all layers"], lines)
 
 
+def _nets(rows: Rows) -> str:
+    lines = [
+        [r["net"], r["data"], f"{float(r['alpha_min']):.2f} to {float(r['alpha_max']):.2f}",
+         f"{float(r['layers_min']):.2f} to {float(r['layers_max']):.2f}", f"{r['k']} of {r['layers']}"]
+        for r in rows
+    ]  # fmt: skip
+    titles = ["net", "data", "tail index, all gradients", "tail index, median layer", "layers with 97.6 % of RGN"]
+    return _table(titles, lines)
+
+
 def _layers(rows: Rows) -> str:
     return _grouped(rows, ("spearman", "spearman_rgn"), ["norms: mean (least)", "RGN: mean (least)"])
 
@@ -91,6 +101,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "strategies": ("strategies.csv", _strategies),
     "versus": ("comparisons.csv", _versus),
     "tails": ("tails.csv", _tails),
+    "nets": ("nets/nets.csv", _nets),
     "layers": ("layers.csv", _layers),
     "channels": ("channels.csv", _channels),
     "savings": ("savings.csv", _savings),
