@@ -170,6 +170,14 @@ def test_weighted_draws_each_channel_with_its_probability():
             assert counts[name, channel] / epochs == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / epochs) + 1e-9)
 
 
+@pytest.mark.parametrize("norm", [0.0, 1e-320, math.inf, math.nan])
+def test_weighted_draws_as_without_scores_where_they_say_nothing(norm):
+    pool = pool_of(100, a=layer(20, 4), b=layer(20, 16))
+    drawn = draw("weighted", pool, 1, {"a": [norm] * 20, "b": [norm] * 20})
+    assert drawn == draw("weighted", pool, 1)
+    assert 0 < sum(len(ids) * pool.costs[name] for name, ids in drawn.items()) <= 100
+
+
 def test_uniform_probabilities_are_those_of_the_draw():
     pool = pool_of(600, a=layer(60, 4), b=layer(50, 30), c=layer(3, 700))
     chances = strategy("trady").inclusion(pool, None)

@@ -6,6 +6,8 @@ for pi_c = min(1, lambda * g_c / sqrt(cost_c)) (Lagrange).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,8 @@ def draw_weighted(pool: Pool, epoch: int, scores: Scores | None = None) -> Selec
 def weighted_inclusion(pool: Pool, scores: Scores | None = None) -> dict[str, list[float]]:
     """Probability that an epoch draws each channel: layer -> [C].
 
-    `scores` are gradient norms g_c; without any they count as equal. Where no channel costs less than a quarter of
-    the budget the draw is uniform.
+    `scores` are gradient norms g_c; without any, or where their mean is 0 or not finite, they count as equal. Where no
+    channel costs less than a quarter of the budget the draw is uniform.
     """
     parts = _taking_part(pool)
     if not parts:
@@ -50,7 +52,8 @@ def weighted_inclusion(pool: Pool, scores: Scores | None = None) -> dict[str, li
     cost = torch.tensor([float(pool.costs[name]) for name in parts], dtype=torch.float64)
     cost = cost.repeat_interleave(torch.tensor(counts))
     norms = torch.ones_like(cost) if scores is None else torch.cat([scores[name].double().cpu() for name in parts])
-    norms = norms.clamp(min=FLOOR * float(norms.mean()))
+    mean = float(norms.mean())
+    norms = (norms / mean).clamp(min=FLOOR) if 0 < mean < math.inf else torch.ones_like(norms)
     limit = pool.budget - (float(cost.max()) if cost.sum() > pool.budget else 0)
     chances = _least_variance(norms / cost.sqrt(), cost, limit)
     flat = iter(chances.tolist())
@@ -64,7 +67,7 @@ def _taking_part(pool: Pool) -> list[str]:
 
 def _least_variance(weight: Tensor, cost: Tensor, limit: float) -> Tensor:
     """min(1, lambda * weight) whose expected cost is just within the limit."""
-    if float(cost.sum()) <= limit or float(weight.max()) <= 0:
+    if float(cost.sum()) <= limit:
         return torch.ones_like(weight)
     order = weight.argsort(descending=True)
     largest, charge = weight[order], cost[order]
