@@ -47,7 +47,8 @@ def test_forward_values_and_state_dict_do_not_change():
     plan = toy_plan(net)
     assert apply_plan(net, plan) is net
     install(net, plan, plan.sample(0))
-    assert torch.equal(net(x), expected)
+    # Not bit for bit: torch folds the batch into a product of strided tokens only where a gradient is wanted.
+    torch.testing.assert_close(net(x), expected, rtol=1e-13, atol=1e-13)
     assert list(net.state_dict()) == keys
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
     net.load_state_dict(toy_net(seed=1).state_dict(), strict=True)
