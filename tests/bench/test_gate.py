@@ -56,6 +56,13 @@ def scaled(model: nn.Module, setup: Setup):
     return training
 
 
+def halved(model: nn.Module, setup: Setup):
+    """The pool trained dense, half the gradient of its best layer lost."""
+    training = partial.pool_dense(model, setup)
+    model.get_parameter(f"{setup.pool[0]}.weight").register_hook(lambda grad: grad / 2)
+    return training
+
+
 def doubled(model: nn.Module, setup: Setup):
     """Head only, its gradient twice what it should be."""
     training = partial.head_only(model, setup)
@@ -96,6 +103,18 @@ def leaking(model: nn.Module, setup: Setup):
 def idle(model: nn.Module, setup: Setup):
     """Full fine-tuning at a learning rate of 0."""
     return partial.full(model, replace(setup, lr=0.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "contract", "is_green"),
+    [(planned.trady_lean, "channels", True), (partial.pool_dense, "dense", True), (halved, "dense", False)],
+)
+def test_where_kernels_run_the_gate_runs_in_their_precision_too(bench, monkeypatch, build, contract, is_green) -> None:
+    gate = Gate(bench.model, bench.setup)
+    monkeypatch.setattr(gate, "dtypes", (torch.float32,))
+    verdict = gate.check(Method("single", build, contract, {"budget": "64KiB"}))
+    assert verdict.limit > 1e-5
+    assert verdict.is_green == is_green, verdict
 
 
 BROKEN = (
