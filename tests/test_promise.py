@@ -94,6 +94,7 @@ def test_a_random_promise_is_kept(seed: int) -> None:
     policy = plan.policy
     assert "micro_batch" in allow or plan.micro_batch is None
     assert "activations" in allow or policy.is_exact
+    assert "store" in allow or plan.store == "same"
     assert "recompute" in allow or (policy.recompute, policy.attention) == ((), "keep")
 
 
@@ -118,6 +119,7 @@ def least_of(allow: tuple[str, ...], name: str = "vit_tiny_patch16_224") -> int:
 
 def test_what_may_be_given_up_makes_room() -> None:
     nothing, *less = [least_of(allow) for allow in ((), ("recompute",), ("micro_batch",), ("activations",), WAYS)]
+    assert least_of(("store",)) <= nothing
     assert all(figure < nothing for figure in less)
     assert less[-1] == min(less)
 
@@ -129,7 +131,7 @@ def test_the_exact_is_given_up_before_the_approximate_and_that_before_the_pool()
     assert (roomy.policy, roomy.micro_batch) == (Policy(), None)
     least = least_of(WAYS)
     plans = [make_plan(ranking, memory=int(factor * least), **options) for factor in (1.0, 1.4)]
-    steps = [(len(plan.pool), plan.policy.is_exact, plan.policy == Policy()) for plan in plans]
+    steps = [(len(plan.pool), plan.policy.is_exact, plan.store == "same") for plan in plans]
     assert steps == sorted(steps)
     assert not plans[0].policy.is_exact or len(plans[0].pool) < len(roomy.pool) or plans[0].policy != Policy()
 
@@ -151,7 +153,9 @@ def test_dropping_the_earliest_layers_keeps_the_best_first() -> None:
 @pytest.mark.parametrize("allow", ["recompute", ("dropout",), ("recompute", "all")])
 def test_only_known_ways_can_be_allowed(allow: object) -> None:
     net, ranking = toy()
-    with pytest.raises(ValueError, match=r"allow .*: wanted some of recompute, micro_batch, activations, frontier"):
+    with pytest.raises(
+        ValueError, match=r"allow .*: wanted some of recompute, micro_batch, store, activations, frontier"
+    ):
         make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, allow=allow)
 
 

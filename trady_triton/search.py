@@ -21,7 +21,7 @@ from trady_triton.promise import bound
 from trady_triton.ranking import Ranking
 from trady_triton.rehearsal import Loss, Step, fake_copy, fake_step
 
-WAYS = ("recompute", "micro_batch", "activations", "frontier")
+WAYS = ("recompute", "micro_batch", "store", "activations", "frontier")
 EXACT = ("recompute", "micro_batch")
 ENOUGH = 0.1  # the share of its pool that a budget should pay for before something is given up for more
 
@@ -47,6 +47,7 @@ def fit_memory(
     - "recompute": the blocks of `choose_recompute`, and attention, run twice. Exact; up to a forward more of time.
     - "micro_batch": N/2, N/4, ... 1 samples at a time, if they do not see each other. Exact; smaller products. Train
       with `backward_in_parts`, or accumulate alike.
+    - "store": the drawn channels in int8, without bias in their gradient.
     - "activations": 8 bits, an error of some 0.3 % a layer.
     - "frontier": the pool loses its earliest quarter, half, three quarters of layers, and with them what they keep.
 
@@ -57,7 +58,7 @@ def fit_memory(
         ranking: what `rank_layers` measured.
         memory: bytes, or a string such as "2GiB".
         input_shape: of the whole batch, as for `ledger`.
-        allow: what may be given up, out of the four; by default what is exact.
+        allow: what may be given up, out of the five; by default what is exact.
         micro_batch: samples at a time, if the choice is not left to the search.
         target, loss_fn, autocast: as for `ledger`.
         options: others of `make_plan`; budget, batch size and dtypes are set here.
@@ -182,18 +183,20 @@ def _ways(
 ) -> Iterator[list[dict[str, Any]]]:
     """Options of make_plan, from the gentlest on; in a list those that are equally good for the training."""
     asked: Policy = options.get("policy", Policy())
-    exact = [asked]
+    policies = [asked]
     if "recompute" in allow and asked.batch_norm != "train":
-        exact.append(_recomputed(model, ranking, input_shape, options))
-    packed = [replace(policy, activations=8) for policy in exact]
-    is_coarser = "activations" in allow and asked.is_exact
-    yield [{**options, "policy": policy} for policy in exact]
-    if is_coarser:
-        yield [{**options, "policy": policy} for policy in packed]
+        policies.append(_recomputed(model, ranking, input_shape, options))
+    yield [{**options, "policy": policy} for policy in policies]
+    if "store" in allow and options.get("store", "same") == "same":
+        options = {**options, "store": "int8"}
+        yield [{**options, "policy": policy} for policy in policies]
+    if "activations" in allow and asked.is_exact:
+        policies = [replace(policy, activations=8) for policy in policies]
+        yield [{**options, "policy": policy} for policy in policies]
     if "frontier" in allow and not isinstance(options.get("layers"), Mapping):
         for pool in _later_pools(ranking, options):
             later = {**options, "layers": pool, "k": None, "coverage": None}
-            yield [{**later, "policy": policy} for policy in (packed if is_coarser else exact)]
+            yield [{**later, "policy": policy} for policy in policies]
 
 
 def _recomputed(model: nn.Module, ranking: Ranking, input_shape: Shape, options: Mapping[str, Any]) -> Policy:
