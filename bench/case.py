@@ -53,7 +53,9 @@ class Bench:
         }
         try:
             if name not in self.verdicts:
-                self.verdicts[name] = self.gate.check(method)
+                # Compiled code is checked at the batch that is timed: another would be compiled anew.
+                gate = Gate(self.model, self.setup, self.net.batch) if method.is_compiled else self.gate
+                self.verdicts[name] = gate.check(method)
             verdict = self.verdicts[name]
             row |= {"gate": {**asdict(verdict), "is_green": verdict.is_green}}
             if not verdict.is_green:
@@ -113,26 +115,27 @@ def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compil
     """
     network: Any = training.network
     epochs = range(EPOCHS) if training.start_epoch else range(1)
-    kept_in = [_kept(training, step, epoch) for epoch in epochs]
+    kept_in = [_kept(training, step, epoch, is_compiled) for epoch in epochs]
     epoch = kept_in.index(max(kept_in))
     training.begin(epoch)
     training.step(step)  # from here on the optimizer's state exists
     state = state_bytes(training)
-    training.optimizer.zero_grad()
-    with peak_memory(step.inputs.device) as peak:
-        training.step(step)
     weights = storage_bytes([*network.parameters(), *network.buffers()])
     draws = storage_bytes(tensor for slot in slots_of(network) for tensor in (slot.channels, slot.proxy))
     extra = max(0, weights - plain_weight_bytes) + draws if plain_weight_bytes else draws
     counts = {"epoch": epoch, "kept_bytes": kept_in[epoch], "state_bytes": state, "extra_weight_bytes": extra}
+    if is_compiled and step.inputs.device.type != "cuda":
+        return counts | {"peak_bytes": None}
+    training.optimizer.zero_grad()
+    with peak_memory(step.inputs.device) as peak:
+        training.step(step)
+    counts["peak_bytes"] = peak.peak_bytes + state + extra
     if is_compiled:
-        on_cuda = step.inputs.device.type == "cuda"
-        return counts | {"peak_bytes": peak.peak_bytes + state + extra if on_cuda else None}
+        return counts
     training.optimizer.zero_grad()
     with FlopsByKind(training.model) as flops:
         step.backward(training.model)
     return counts | {
-        "peak_bytes": peak.peak_bytes + state + extra,
         "forward_flops": flops.forward_flops,
         "dgrad_flops": flops.dgrad_flops,
         "wgrad_flops": flops.wgrad_flops,
@@ -163,13 +166,21 @@ def _plain(value: Any) -> Iterable[Tensor]:
     return [item for item in getattr(value, "__dict__", {}).values() if isinstance(item, Tensor)]
 
 
-def _kept(training: Training, step: Step, epoch: int) -> int:
+def _kept(training: Training, step: Step, epoch: int, is_compiled: bool) -> int:
     training.begin(epoch)
     training.optimizer.zero_grad()
-    with KeptBytes(training.model) as kept:
+    with KeptBytes(_shell(training.model) if is_compiled else training.model) as kept:
         loss = step.forward(training.model)
     del loss
     return kept.total
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """The weights of a model without its layers: hooks on those would have compiled code compiled anew."""
+    shell = nn.ParameterList(model.parameters())
+    for index, buffer in enumerate(model.buffers()):
+        shell.register_buffer(f"buffer{index}", buffer)
+    return shell
 
 
 def seconds(training: Training, step: Step) -> float:

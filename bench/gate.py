@@ -56,8 +56,8 @@ class Verdict:
 class Gate:
     """Checks methods on one net; plain gradients are computed once."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
-        self.model, self.setup = model, replace(setup, net=replace(setup.net, batch=SAMPLES))
+    def __init__(self, model: nn.Module, setup: Setup, samples: int = SAMPLES) -> None:
+        self.model, self.setup = model, replace(setup, net=replace(setup.net, batch=samples))
         on_cuda = torch.device(setup.net.device).type == "cuda"
         self.dtypes = (torch.float64, torch.float32) if on_cuda else (torch.float64,)
         self._dense: dict[tuple[torch.dtype, frozenset[str]], dict[str, Tensor]] = {}
