@@ -27,13 +27,17 @@ class Split:
 
 @dataclass(frozen=True)
 class ResidentData:
-    """Train and test images of a data set as one network sees them. What an epoch sees follows from (seed, epoch)."""
+    """Train and test images of a data set as one network sees them. What an epoch sees follows from (seed, epoch).
+
+    Batches come on `device`; the images lie there too where they take less than half of its free memory.
+    """
 
     train: Split
     test: Split
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    device: torch.device
 
     @classmethod
     def decode(
@@ -51,10 +55,11 @@ class ResidentData:
             chosen = first_of_each(pictures.labels, per_class)
             images = torch.stack([transform(pictures.open(i)) for i in chosen])
             labels = torch.tensor([pictures.labels[i] for i in chosen])
-            return Split(images.to(device), labels.to(device))
+            home = device if _fits(images.nbytes, device) else torch.device("cpu")
+            return Split(images.to(home), labels.to(home))
 
         halves = split(data.train, train_per_class), split(data.test, test_per_class)
-        return cls(*halves, len(data.class_names), tuple(config["mean"]), tuple(config["std"]))
+        return cls(*halves, len(data.class_names), tuple(config["mean"]), tuple(config["std"]), device)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch in random order; a last, smaller one is left out."""
@@ -73,8 +78,14 @@ class ResidentData:
 
     def _batch(self, split: Split, indices: Tensor) -> tuple[Tensor, Tensor]:
         indices = indices.to(split.images.device)
-        mean, std = (torch.tensor(values, device=indices.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return (split.images[indices].float() / 255 - mean) / std, split.labels[indices]
+        images, labels = split.images[indices].to(self.device), split.labels[indices].to(self.device)
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std, labels
+
+
+def _fits(nbytes: int, device: torch.device) -> bool:
+    """Whether so much is less than half of what a GPU has free; on a CPU there is no other place."""
+    return device.type != "cuda" or 2 * nbytes < torch.cuda.mem_get_info(device)[0]
 
 
 def first_of_each(labels: tuple[int, ...], per_class: int | None) -> list[int]:
