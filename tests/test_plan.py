@@ -241,6 +241,19 @@ def test_step_flops_are_known_before_training():
     assert savings.step_flops == savings.forward_flops + savings.dgrad_flops + savings.wgrad_flops
 
 
+def test_a_correction_that_cannot_be_had_is_refused_before_training():
+    with pytest.raises(ValueError, match="fill 'skip'"):
+        toy_plan(toy_net(), fill="skip", correction_cap=2.0)
+
+
+def test_k_and_coverage_hold_without_a_budget_too():
+    ranking = toy_ranking(toy_net())
+    assert make_plan(ranking, budget=None, sampler="full").pool == ranking.order()
+    assert make_plan(ranking, budget=None, sampler="full", k=2).pool == ranking.order()[:2]
+    with pytest.raises(ValueError, match="coverage"):
+        make_plan(ranking, budget=None, sampler="full", coverage=2.0)
+
+
 @pytest.mark.parametrize("scores", [{}, {"stem": torch.ones(2)}], ids=["missing", "shape"])
 def test_bad_scores_are_named(scores):
     with pytest.raises(ValueError, match="scores"):

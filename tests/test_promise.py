@@ -159,6 +159,13 @@ def test_only_known_ways_can_be_allowed(allow: object) -> None:
         make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, allow=allow)
 
 
+def test_a_scheme_takes_no_memory() -> None:
+    net, ranking = toy()
+    options = {"sampler": "su-random", "layers": {ranking.order()[0]: 1.0}}
+    with pytest.raises(ValueError, match="memory: sampler 'su-random' trains its scheme"):
+        make_plan(ranking, memory="1MiB", model=net, input_shape=SHAPE, **options)
+
+
 def test_no_epoch_of_a_whole_network_exceeds_the_memory() -> None:
     torch.manual_seed(0)
     net = timm.create_model("mobilenetv2_035", num_classes=10)

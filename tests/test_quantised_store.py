@@ -14,9 +14,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from toys import toy_batches, toy_net, toy_plan, toy_ranking
 
-from trady_triton import Plan, TraDyOptimizer, apply_plan, ledger, make_plan, rank_layers
+from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, ledger, make_plan, rank_layers
 from trady_triton.cost import CostModel
 from trady_triton.ledger import measure
+from trady_triton.meters import KeptBytes
 from trady_triton.slot import find_slot
 
 STORES = ("int8", "int4")
@@ -59,6 +60,36 @@ def test_bytes_kept_are_what_the_cost_says_to_the_byte(name, count, batch_size, 
     install(net, plan, {"0": range(count)})
     kept = kept_bytes(lambda: net[0](x), net.parameters())
     assert sum(kept) == count * plan.cost.activation_cost(plan.shapes["0"])
+
+
+class Shared(nn.Module):
+    """One Linear and one convolution, each called on two inputs of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.linear = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        large, small = self.conv(x), self.conv(x[:, :, :5, :3])
+        return self.head(sum(self.linear(y.flatten(2).mT).mean(1) for y in (large, small)))
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_calls_of_different_sizes_are_each_charged_to_the_byte(store, tmp_path):
+    torch.manual_seed(0)
+    net, x, y = Shared(), torch.randn(3, 4, 9, 9), torch.tensor([0, 1, 2])
+    rank_layers(net, [(x, y)], F.cross_entropy).save(tmp_path / "ranking.json")
+    ranking = Ranking.load(tmp_path / "ranking.json")
+    plan = make_plan(ranking, budget="1MiB", layers=["conv", "linear"], batch_size=3, store=store)
+    apply_plan(net, plan)
+    install(net, plan, {"conv": range(4), "linear": range(4)})
+    with KeptBytes(net) as kept:
+        loss = F.cross_entropy(net(x), y)
+    del loss
+    for name in ("conv", "linear"):
+        assert kept.by_layer[name] == 4 * plan.cost.activation_cost(plan.shapes[name])
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -25,7 +25,8 @@ class LayerShape:
 
     `in_positions` counts the whole input, `stored_positions` what the compact store keeps of a channel: less where a
     strided 1x1 convolution skips pixels. `parts` is in how many pieces it comes, which are quantised apart: the calls
-    of a layer, and of a convolution that is not a matrix product the images of every call.
+    of a layer, and of a convolution that is not a matrix product the images of every call. `calls` holds the stored
+    positions and the parts of each call, where there is more than one: they may differ.
     """
 
     in_channels: int
@@ -36,11 +37,13 @@ class LayerShape:
     groups: int = 1
     kernel_size: tuple[int, ...] = ()
     parts: int = 1
+    calls: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> LayerShape:
         """Rebuild from `dataclasses.asdict`, whose tuples JSON has turned into lists."""
-        return cls(**{**content, "kernel_size": tuple(content["kernel_size"])})
+        calls = tuple((positions, parts) for positions, parts in content.get("calls", ()))
+        return cls(**{**content, "kernel_size": tuple(content["kernel_size"]), "calls": calls})
 
     def joined(self, other: LayerShape) -> LayerShape:
         """The shape of a weight that is used twice in a forward: positions add up."""
@@ -50,7 +53,13 @@ class LayerShape:
             out_positions=self.out_positions + other.out_positions,
             stored_positions=self.stored_positions + other.stored_positions,
             parts=self.parts + other.parts,
+            calls=self.each_call + other.each_call,
         )
+
+    @property
+    def each_call(self) -> tuple[tuple[int, int], ...]:
+        """Stored positions and parts of every call."""
+        return self.calls or ((self.stored_positions, self.parts),)
 
     @property
     def is_product(self) -> bool:
@@ -159,17 +168,19 @@ class CostModel:
 
     def activation_cost(self, shape: LayerShape) -> int:
         """Charge of one channel's compact store A[:, c], all samples of the batch: codes and scales if quantised."""
-        positions = shape.stored_positions * self.batch_size
         if self.store == "same":
-            return positions * self.activation_itemsize
-        bits, parts = STORE_BITS[self.store], shape.parts
-        if shape.is_product:
-            return parts * quantized_bytes("tokens", (1, positions // parts), bits)
-        return quantized_bytes("planes", (1, self.batch_size * parts, 1, shape.stored_positions // parts), bits)
+            return shape.stored_positions * self.batch_size * self.activation_itemsize
+        return sum(self._quantized_call(shape.is_product, *call) for call in shape.each_call)
 
     def channel_cost(self, shape: LayerShape) -> int:
         """Charge of training one input channel (eq. 3, and the optimizer's state)."""
         return self.gradient_cost(shape) + self.activation_cost(shape) + self.state_cost(shape)
+
+    def _quantized_call(self, is_product: bool, positions: int, parts: int) -> int:
+        bits = STORE_BITS[self.store]
+        if is_product:
+            return quantized_bytes("tokens", (1, positions * self.batch_size), bits)
+        return quantized_bytes("planes", (1, self.batch_size * parts, 1, positions // parts), bits)
 
     def _weights(self, shape: LayerShape) -> int:
         return 1 if self.depthwise == "paper" and shape.is_depthwise else shape.channel_weights

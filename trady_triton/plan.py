@@ -337,6 +337,8 @@ def make_plan(
         ratios=tuple(ratios.values()),
     )
     _check_depth(made)
+    if made.correction_cap is not None:
+        made.inclusion()  # raises where it is not known for this fill
     return made
 
 

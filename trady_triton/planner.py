@@ -48,7 +48,10 @@ def make_plan(
     if memory is None:
         return plans.make_plan(ranking, budget=budget, **options)
     sampler = options.get("sampler", "trady")
-    if not strategy(sampler).has_budget or strategy(sampler).scores != "none" or "correction_cap" in options:
+    chosen = strategy(sampler)
+    if chosen.layers == "scheme":
+        raise ValueError(f"memory: sampler {sampler!r} trains its scheme whatever the memory; give a budget instead")
+    if not chosen.has_budget or chosen.scores != "none" or options.get("correction_cap") is not None:
         raise ValueError(f"memory: sampler {sampler!r} may keep more than its draws; give a budget instead")
     if model is None or input_shape is None:
         raise ValueError("memory: wanted model and input_shape as well, from which the step's peak is predicted")

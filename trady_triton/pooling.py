@@ -24,9 +24,7 @@ def choose_pool(
     Raises:
         ValueError: `coverage` or `k` out of its range.
     """
-    if budget is None:
-        return ranking.order(cost)
-    fitting = [layer for layer in ranking.layers if cost.channel_cost(layer.shape) <= budget]
+    fitting = [layer for layer in ranking.layers if budget is None or cost.channel_cost(layer.shape) <= budget]
     worth = {layer.name: layer.lara(cost) if kind == "lara" else layer.rgn(cost) for layer in fitting}
     order = sorted(worth, key=lambda name: -worth[name])
     if k is not None:
@@ -35,7 +33,7 @@ def choose_pool(
         return tuple(order[:k])
     if coverage is not None and not 0 < coverage <= 1:
         raise ValueError(f"coverage {coverage!r}: wanted a share in (0, 1]")
-    if coverage is None and kind == "lara":
+    if coverage is None and kind == "lara" and budget is not None:
         wholes = {layer.name: layer.shape.in_channels * cost.channel_cost(layer.shape) for layer in fitting}
         return tuple(order[: _adaptive_k([wholes[name] for name in order], budget)])
     if coverage is None and kind == "all":
