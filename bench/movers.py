@@ -1,6 +1,7 @@
 """The ops around the weight gradient, which only move bytes: compact store, packed activation, scattered update.
 
-Each beside what plain training does in its place: keeping the whole input, an activation, a dense SGD step.
+Each beside what plain training does in its place: an activation, a dense SGD step. Of the store that is nothing, as
+plain training keeps a reference to its input; a copy of the whole input stands there to compare the rate of bytes.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def ops_table(content: dict[str, Any]) -> str:
     first = rows[0]
     text = (
         "dW of drawn channels from the compact store, the store itself, a packed ReLU6, the update; dense is what "
-        f"plain training does in their place. Batch {first['batch']}, {first['dtype']}. Measured roofs: "
+        "plain training does in their place, but of the store, of which plain training has none, a copy of the whole "
+        f"input. Batch {first['batch']}, {first['dtype']}. Measured roofs: "
         f"{first['gbytes_per_s']:,.0f} GB/s, {first['tflops']:.3g} TFLOP/s; the floor is the longer of bytes and "
         "FLOPs at these. Every result is checked before it is timed."
     )

@@ -19,7 +19,7 @@ class Tucker:
 
     def __init__(self, setup: Setup, layer: str) -> None:
         share = setup.plan().budget // len(setup.pool)
-        self.limit: int = setup.options.get("elements", share // 4)
+        self.limit: int = setup.options.get("elements", share // (setup.net.autocast or torch.float32).itemsize)
         self.bases: list[Tensor] = []
 
     def compress(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trady_triton.bench.bench_ops import check
 from trady_triton.bench.case import count, inference_peak
@@ -11,8 +12,10 @@ from trady_triton.bench.layers import Layer, layers, work
 from trady_triton.bench.movers import MOVERS
 from trady_triton.bench.roofs import Roofs
 from trady_triton.bench.training import Training
+from trady_triton.functional import ConvGeometry, lean_conv2d, lean_linear
 from trady_triton.ops import token_wgrad
 from trady_triton.rehearsal import Step
+from trady_triton.slot import ChannelSlot
 
 FLOAT = 4
 
@@ -59,6 +62,37 @@ def test_the_layers_of_the_benchmark_compute_the_drawn_columns_of_the_dense_grad
     check(one, layer.name, torch.float32)
     assert one.sparse_flops * layer.in_channels == one.dense_flops * layer.drawn
     assert 0 < one.sparse_bytes < one.dense_bytes
+
+
+class Ops(TorchDispatchMode):
+    """The names of the library's ops that a block runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "trady":
+            self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", layers(), ids=lambda layer: layer.name)
+def test_what_is_timed_is_what_training_runs(layer: Layer) -> None:
+    width, kernel = layer.in_channels // layer.groups, [layer.kernel] * 2 if layer.kind == "conv" else []
+    slot = ChannelSlot("layer", nn.Parameter(torch.randn(layer.out_channels, width, *kernel), False), layer.groups, "")
+    slot.set(range(layer.drawn))
+    if layer.kind == "linear":
+        y = lean_linear(torch.randn(layer.size**2, layer.in_channels), slot.weight, None, slot)
+    else:
+        geometry = ConvGeometry((layer.stride,) * 2, (layer.kernel // 2,) * 2, groups=layer.groups)
+        x = torch.randn(1, layer.in_channels, layer.size, layer.size)
+        y = lean_conv2d(x, slot.weight, None, slot, geometry)
+    with Ops() as trained:
+        y.sum().backward()
+    with Ops() as timed:
+        work(layer, 1, "cpu", torch.float32).sparse()
+    assert timed.names - {"trady::store_channels"} == trained.names
 
 
 @pytest.mark.parametrize("op", MOVERS)

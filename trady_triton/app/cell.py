@@ -28,7 +28,7 @@ from trady_triton.sampling import Scores
 
 Record = dict[str, Any]
 
-_PROBE_BATCHES = 1  # of held-out images for NEq and Velocity, of target samples for TinyTrain
+_PROBE_BATCHES = 1  # of training images, where NEq and Velocity as published hold some out
 
 
 def run_cell(cell: Cell, folder: str, device_name: str) -> Record:
