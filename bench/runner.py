@@ -22,7 +22,7 @@ from trady_triton.bench.nets import Net
 from trady_triton.bench.store import Row, Store
 from trady_triton.bench.worker import MARK
 
-CASE_LIMIT = 240.0  # seconds, after which a case is given up
+CASE_LIMIT = 300.0  # seconds, after which a case is given up
 OUT_OF_TIME = "the time for the benchmark was up; run it again to go on"
 
 
