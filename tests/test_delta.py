@@ -28,7 +28,7 @@ def same(one, other):
     """Equal bit for bit, by name."""
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(
-        torch.equal(one[name].view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8)) for name in one
+        torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)) for name in one
     )
 
 
@@ -212,3 +212,13 @@ def test_damaged_and_foreign_files_are_errors(tmp_path):
         apply_delta(toy_net(), path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         apply_delta(toy_net(), tmp_path / "none")
+
+
+def test_channels_last_weights_of_which_every_channel_changed(tmp_path):
+    base = toy_net().to(memory_format=torch.channels_last)
+    net = copy.deepcopy(base)
+    with torch.no_grad():
+        net.stem.weight.add_(1.0)
+    assert not net.stem.weight.is_contiguous()
+    save_delta(tmp_path / "d.safetensors", base, net)
+    assert same(apply_delta(base, tmp_path / "d.safetensors"), net)

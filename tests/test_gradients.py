@@ -244,3 +244,18 @@ def test_gradients_that_a_loop_replaces_count_as_changed():
 def test_a_norm_out_of_range_is_named(wrong):
     with pytest.raises(ValueError, match="max_grad_norm"):
         planned(max_grad_norm=wrong)
+
+
+def test_gradients_that_are_cleared_in_place_are_not_taken_for_clipped():
+    """The bias of the head has a gradient of zeros in the second step, which no backward adds to."""
+    results = []
+    for set_to_none in (True, False):
+        net, optimizer = planned(max_grad_norm=0.05)
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
+        net.head.bias.requires_grad_(False)
+        backward(net)
+        optimizer.step()
+        results.append(net)
+    assert_equal_weights(*results, **EXACT)

@@ -325,3 +325,12 @@ def test_numbers_out_of_range_are_named(wrong):
     apply_plan(net, plan)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TraDyOptimizer(net.parameters(), plan, **wrong)
+
+
+def test_a_first_group_of_frozen_parameters_alone_has_no_say_in_the_device():
+    net = toy_net()
+    plan = toy_plan(net)
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer([{"params": net.norm.parameters()}, {"params": net.head.parameters()}], plan)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert optimizer.join_device == net.head.weight.device

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_optimizer import drawn_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
@@ -131,6 +132,25 @@ def test_gradient_scores_are_the_dense_gradient_norms_and_leave_no_trace():
     assert optimizer.resample(1) == first  # static: no second pass
     with pytest.raises(ValueError, match="empty"):
         gradient_scores(net, [], F.cross_entropy)
+
+
+def test_gradients_that_wait_are_not_mixed_up_with_those_of_a_probe():
+    net, _, optimizer = planned("trady")
+    optimizer.resample(0)
+    F.cross_entropy(net(toy_batches(1)[0][0]), toy_batches(1)[0][1]).backward()
+    with pytest.raises(RuntimeError, match=r"gradients wait for step\(\)"):
+        gradient_scores(net, toy_batches(1), F.cross_entropy)
+    optimizer.step()
+    assert gradient_scores(net, toy_batches(1), F.cross_entropy).keys() == set(optimizer.plan.pool)
+
+
+def test_kept_scores_live_on_the_cpu_wherever_a_state_was_loaded_to():
+    _, _, optimizer = planned("medyate")
+    optimizer.resample(0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kept = {name: torch.ones(shape.in_channels, device="cuda") for name, shape in optimizer.plan.shapes.items()}
+        optimizer._scores.load({"kept": kept}, [])
+    assert {values.device.type for values in optimizer._scores.kept.values()} == {"cpu"}
 
 
 def test_fisher_scores_are_activation_times_gradient_of_each_sample():

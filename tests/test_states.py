@@ -213,3 +213,13 @@ def test_wrong_options_are_named(options, match):
     apply_plan(net, plan)
     with pytest.raises(ValueError, match=match):
         TraDyOptimizer(net.parameters(), plan, **options)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_states_follow_a_model_that_was_moved_after_the_optimizer_was_made(kind):
+    net, _, optimizer = planned(kind, dtype=torch.float32)
+    net.double()
+    optimizer.resample(0)
+    train_step(net, optimizer)
+    found = {value.dtype for state in optimizer.state.values() for name, value in state.items() if name != "step"}
+    assert found == {torch.float64}

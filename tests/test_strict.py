@@ -178,3 +178,8 @@ def test_on_cuda_all_since_the_last_step_counts(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"took 1048577 bytes .* 1 more than"):
         memory.check()
     memory.check()
+
+
+def test_a_process_without_a_batch_takes_part_in_the_step_of_the_others() -> None:
+    _, optimizer = strict_training()
+    optimizer.join_hook().main_hook()

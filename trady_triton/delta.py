@@ -64,7 +64,7 @@ def save_delta(path: str | os.PathLike[str], base: nn.Module | Mapping[str, Tens
     content: dict[str, Tensor] = {}
     for name, tensor in after.items():
         if name.startswith(head):
-            content[WHOLE + name] = tensor.detach().cpu().clone()
+            content[WHOLE + name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         else:
             _check_kind(f"base and {type(model).__name__}", name, before.get(name), tensor)
             content |= _difference(name, before[name], tensor, groups.get(name))
@@ -125,7 +125,7 @@ def _difference(name: str, old: Tensor, new: Tensor, groups: int | None) -> dict
         channels = (_bytes(rows) != _bytes(values)).flatten(1).any(1).nonzero().flatten()
         if len(channels) < len(values):
             return {CHANNELS + name: channels.int(), VALUES + name: values[channels].contiguous()}
-    return {WHOLE + name: new.clone()}
+    return {WHOLE + name: new.clone(memory_format=torch.contiguous_format)}
 
 
 def _changed(name: str, base: Tensor, content: Mapping[str, Tensor]) -> Tensor:

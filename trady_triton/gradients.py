@@ -42,6 +42,11 @@ class GradientWatch:
             if self.weighs:
                 self._norms[leaf] = torch.linalg.vector_norm(grad.detach())
 
+    def forget(self) -> None:
+        """The gradients were cleared, which is no change that anybody has to hear of."""
+        self._versions.clear()
+        self._norms.clear()
+
     def changes(self, leaves: Iterable[Tensor]) -> int:
         """How many times gradients were changed since: the most of any of the leaves."""
         return max((self._changes(leaf) for leaf in leaves), default=0)

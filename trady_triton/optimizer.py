@@ -219,6 +219,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim, compact gradients included."""
         super().zero_grad(set_to_none)
+        self._watch.forget()
         self._processes.forget()
 
     @torch.no_grad()
@@ -251,7 +252,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
 
         @torch.no_grad()
         def step() -> None:
-            self.zero_grad()
+            with self.metered():
+                self.zero_grad()
             self._take_step()
 
         @torch.no_grad()
@@ -264,7 +266,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     @property
     def join_device(self) -> torch.device:
         """The device of what is trained."""
-        device: torch.device = self.param_groups[0]["params"][0].device
+        device: torch.device = next(p for group in self.param_groups for p in group["params"]).device
         return device
 
     @property
@@ -308,7 +310,9 @@ class TraDyOptimizer(ChannelGroups, Joinable):
             return
         for grad in (p.grad for group in self.param_groups for p in group["params"]):
             if grad is not None:
-                grad.div_(scale.to(grad.device))
+                # On CUDA a half-precision gradient would have the scale cast to its own dtype, where 65536 is infinite.
+                wide = grad.to(torch.promote_types(grad.dtype, scale.dtype))
+                grad.copy_(wide.div_(scale.to(grad.device)))
 
     def _clip(self) -> None:
         """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""

@@ -29,6 +29,7 @@ def gradient_scores(model: nn.Module, batches: Batches, loss_fn: Loss) -> Scores
 
     Raises:
         ValueError: no batches, or a model without a plan.
+        RuntimeError: gradients wait for step().
     """
     slots = _slots(model)
     with _every_channel(model, slots):
@@ -148,7 +149,14 @@ def _some(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def _every_channel(model: nn.Module, slots: list[ChannelSlot]) -> Iterator[None]:
-    """Every channel of every slot drawn; draws, gradients and random state come back at the end."""
+    """Every channel of every slot drawn; draws, gradients and random state come back at the end.
+
+    Raises:
+        RuntimeError: gradients wait for step(), and optimizers would take these backwards for theirs.
+    """
+    for slot in slots:
+        if slot.is_pending:
+            raise RuntimeError(f"layer {slot.layer!r}: gradients wait for step(); measure before the backward")
     grads = {parameter: parameter.grad for parameter in model.parameters()}
     devices = {slot.weight.device.index or 0 for slot in slots if slot.weight.is_cuda}
     with ExitStack() as exits, torch.random.fork_rng(sorted(devices)), torch.enable_grad():

@@ -79,7 +79,8 @@ class ChannelScores:
 
     def load(self, state: Mapping[str, Any], slots: Iterable[ChannelSlot]) -> None:
         """Restore what `state` gave, on the devices of the slots."""
-        self.settle(dict(state["kept"]) if state.get("kept") else None)
+        kept = {name: values.cpu() for name, values in state.get("kept", {}).items()}  # a loader may have moved them
+        self.settle(kept or None)
         for slot in slots:
             if slot.layer in state.get("sums", {}):
                 self._sums[slot.layer] = state["sums"][slot.layer].to(slot.weight.device)

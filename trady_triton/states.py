@@ -61,10 +61,15 @@ def carry_(state: State, channels: Tensor, old: State, old_channels: Tensor) -> 
 
 
 def fill_whole_state(state: State, parameter: Tensor, algorithm: str, group: Mapping[str, Any]) -> State:
-    """Complete the state of a parameter that is trained whole, in place: zeros for what is not there yet."""
+    """Complete the state of a parameter that is trained whole, in place: zeros for what is not there yet.
+
+    What is there follows a parameter that was moved to another device or dtype.
+    """
     for name in state_names(algorithm, group):
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        elif state[name].device != parameter.device or state[name].dtype != parameter.dtype:
+            state[name] = state[name].to(parameter.device, parameter.dtype)
     if algorithm == "adamw" and "step" not in state:
         state["step"] = torch.tensor(0.0)  # fake tensors know the value of this, not of zeros(())
     return state

@@ -131,6 +131,23 @@ def test_channels_are_drawn_by_epoch_or_by_step(tmp_path, every, draws):
     assert list(record.epochs.values()) == draws
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Sentences whose number Trainer cannot know."""
+
+    def __iter__(self):
+        return iter(sentences())
+
+
+def test_epochs_of_data_without_a_length_are_counted(tmp_path):
+    net, plan = planned()
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.3)
+    run, record = trainer(tmp_path, net, optimizer, TraDyCallback(), max_steps=18), Recorder(optimizer, stop_at=18)
+    run.train_dataset = Stream()
+    run.add_callback(record)
+    run.train()
+    assert list(record.epochs.values()) == [0] * 6 + [1] * 6 + [2] * 6
+
+
 @pytest.mark.parametrize("every", ["epoch", 4])
 def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(tmp_path, every):
     def start(folder, stop_at=None):

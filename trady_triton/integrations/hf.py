@@ -28,6 +28,7 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._taken_over: float | None = None
+        self._epoch: int | None = None
 
     def on_train_begin(
         self,
@@ -38,6 +39,7 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Let the optimizer clip; raises TypeError where the trainer has another optimizer."""
+        self._epoch = None
         inner = unwrap_optimizer(optimizer)
         if inner.max_grad_norm is None:
             self._taken_over = args.max_grad_norm
@@ -55,9 +57,11 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Draw the channels of the epoch."""
+        # Of data without a length Trainer's epoch is a share of max_steps, which only tells where a training begins.
+        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
         inner = unwrap_optimizer(optimizer)
         if inner.resample_every == "epoch":
-            inner.resample(int(state.epoch or 0))
+            inner.resample(self._epoch)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any

@@ -15,7 +15,9 @@ class TraDyCallback(Callback):  # type: ignore[misc]
     """Draws new channels in every epoch; an optimizer with `resample_every=n` draws them itself, every n steps.
 
     What is drawn follows from the trainer's epoch, or from the optimizer's count of steps, so a run that is resumed
-    trains the channels that it was stopped with. Clipping by `Trainer(gradient_clip_val=...)` sees compact gradients.
+    trains the channels that it was stopped with. Clipping by `Trainer(gradient_clip_val=...)` sees compact gradients;
+    with mixed precision Lightning refuses it for optimizers that unscale in their step, as this one: there give the
+    optimizer `max_grad_norm`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
