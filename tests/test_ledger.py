@@ -8,9 +8,19 @@ import torch
 import torch.nn.functional as F
 from nn.nets import plan_at
 from torch import Tensor, nn
-from toys import toy_net, toy_plan
+from toys import toy_batches, toy_net, toy_plan
 
-from trady_triton import Ledger, Plan, TraDyOptimizer, apply_plan, backward_in_parts, ledger, measure, remove_plan
+from trady_triton import (
+    Ledger,
+    Plan,
+    TraDyOptimizer,
+    apply_plan,
+    backward_in_parts,
+    choose_recompute,
+    ledger,
+    measure,
+    remove_plan,
+)
 from trady_triton.cost import CostModel
 from trady_triton.policy import Policy
 
@@ -190,3 +200,18 @@ def test_a_ledger_survives_its_file(tmp_path) -> None:
     assert hasattr(net, "trady") is False
     with pytest.raises(ValueError, match="no plan"):
         remove_plan(net)
+
+
+def test_draws_that_need_scores_are_predicted_by_them() -> None:
+    net = toy_net(torch.float32)
+    plan = toy_plan(net, 400, coverage=None, sampler="d-norm")
+    scores = {name: torch.arange(float(plan.shapes[name].in_channels)) for name in plan.pool}
+    (x, y), *_ = toy_batches(dtype=torch.float32)
+    with pytest.raises(ValueError, match="wanted scores"):
+        ledger(net, plan, x.shape)
+    plan = choose_recompute(plan, net, x.shape, scores=scores)
+    predicted = ledger(net, plan, x.shape, scores=scores)
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
+    optimizer.resample(0, scores)
+    assert measure(net, optimizer, x, y) == predicted

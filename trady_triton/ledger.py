@@ -132,6 +132,7 @@ def ledger(
     autocast: torch.dtype | None = None,
     micro_batch: int | None = None,
     weight_decay: float = 0.0,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> Ledger:
     """Predict a training step with the channels of an epoch, without running it; the model is not touched.
 
@@ -147,13 +148,14 @@ def ledger(
         autocast: dtype of torch.autocast around forward and loss.
         micro_batch: samples at a time; by default the plan's.
         weight_decay: of the optimizer: it needs a copy of a gradient for a moment.
+        scores: layer -> a number for each channel, for samplers that cannot draw without, as for `Plan.sample`.
 
     Raises:
-        ValueError: the plan was made for another model.
+        ValueError: the plan was made for another model, or cannot draw without scores.
     """
     if micro_batch is None and plan is not None:
         micro_batch = plan.micro_batch
-    channels = plan.sample(epoch) if plan else {}
+    channels = plan.sample(epoch, scores) if plan else {}
     with fake_copy(model) as twin:
         step = fake_step(twin, input_shape, target=target, loss_fn=loss_fn, autocast=autocast,
                          micro_batch=micro_batch)  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -50,17 +50,23 @@ def _in_row(module: nn.Module, parent: nn.Module) -> bool:
     return sum(type(child) is type(module) for child in parent.children()) > 1
 
 
-def choose_recompute(plan: Plan, model: nn.Module, input_shape: Shape, least_gain: float = 2.0) -> Plan:
+def choose_recompute(
+    plan: Plan,
+    model: nn.Module,
+    input_shape: Shape,
+    least_gain: float = 2.0,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """The plan, with a policy that recomputes each block whose bytes that divides by `least_gain` or more. Exact.
 
     `input_shape` counts the batch, (8, 3, 224, 224), or is a mapping of tensors of the batch's shapes and dtypes.
-    Measured at the draw of epoch 0; the model is not touched.
+    Measured at the draw of epoch 0, by `scores` where the sampler cannot draw without; the model is not touched.
     """
     mode = FakeTensorMode()
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     fake = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
     apply_plan(fake, replace(plan, policy=replace(plan.policy, recompute=())))
-    drawn = plan.sample(0)
+    drawn = plan.sample(0, scores)
     with mode:
         for name, channels in drawn.items():
             fake.get_submodule(name).slot.set(channels)  # type: ignore[union-attr, operator]
