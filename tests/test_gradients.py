@@ -259,3 +259,27 @@ def test_gradients_that_are_cleared_in_place_are_not_taken_for_clipped():
         optimizer.step()
         results.append(net)
     assert_equal_weights(*results, **EXACT)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_scaled_step_that_was_refused_leaves_no_scale_behind(explicit):
+    (net, _), (twin, _) = planned(), planned()
+    optimizer, plain = (TraDyOptimizer(model.parameters(), lr=0.1, resample_every=1) for model in (net, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = toy_batches()[0]
+    waits = net(x)
+    for tries in range(2):
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        if explicit:
+            scaler.unscale_(optimizer)
+        if tries == 0:
+            with pytest.raises(RuntimeError, match="a forward waits"):
+                scaler.step(optimizer)
+            del waits
+            optimizer.zero_grad()
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+    backward(twin)
+    plain.step()
+    assert_equal_weights(net, twin, **EXACT)

@@ -331,6 +331,7 @@ def test_a_first_group_of_frozen_parameters_alone_has_no_say_in_the_device():
     net = toy_net()
     plan = toy_plan(net)
     apply_plan(net, plan)
-    optimizer = TraDyOptimizer([{"params": net.norm.parameters()}, {"params": net.head.parameters()}], plan)
-    optimizer.param_groups[0]["weight_decay"] = 0.0
+    groups = [{"params": net.norm.parameters()}, {"params": net.head.parameters(), "weight_decay": 0.1}]
+    optimizer = TraDyOptimizer(groups, plan)
+    assert optimizer.param_groups[0]["params"] == []
     assert optimizer.join_device == net.head.weight.device

@@ -179,7 +179,12 @@ class TraDyOptimizer(ChannelGroups, Joinable):
             with torch.enable_grad(), self.metered():
                 loss = closure()
         Join.notify_join_context(self)
-        self._take_step()
+        try:
+            self._take_step()
+        except BaseException:  # a GradScaler would multiply what it left here by its scale at the next try
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         return loss
 
     def _take_step(self) -> None:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from toys import toy_net, toy_plan
 
 from trady_triton.app.checkpoint import Checkpoint, previous
 from trady_triton.app.train import make_optimizer, make_scheduler
@@ -136,3 +137,17 @@ def test_a_checkpoint_of_another_model_is_an_error(parts, saved):
     net.reset_classifier(7)
     with pytest.raises(ValueError, match="another model"):
         Checkpoint.load(saved).restore(net, optimizer, scheduler)
+
+
+def test_a_checkpoint_of_another_plan_changes_nothing():
+    def run(budget):
+        net = toy_net()
+        optimizer = make_optimizer(net, "trady", lr=0.1, plan=toy_plan(net, budget))
+        return net, optimizer, make_scheduler(optimizer, steps=10)
+
+    checkpoint = Checkpoint.take({}, *run(1200), epoch=0, step=0, tally={})
+    net, *others = run(900)
+    torch.nn.init.zeros_(net.stem.weight)
+    with pytest.raises(ValueError, match="belongs to plan"):
+        checkpoint.restore(net, *others)
+    assert not net.stem.weight.any()

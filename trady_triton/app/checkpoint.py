@@ -61,11 +61,11 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint is of another model or another plan.
         """
+        optimizer.load_state_dict(self.optimizer)  # first, as it refuses another plan and changes nothing then
         try:
             model.load_state_dict(self.model)
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model ({error})") from error
-        optimizer.load_state_dict(self.optimizer)
         scheduler.load_state_dict(self.scheduler)
         set_random_state(self.random)
 
