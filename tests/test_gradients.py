@@ -283,3 +283,16 @@ def test_a_scaled_step_that_was_refused_leaves_no_scale_behind(explicit):
     backward(twin)
     plain.step()
     assert_equal_weights(net, twin, **EXACT)
+
+
+@pytest.mark.filterwarnings("error")
+def test_unscaling_gradients_of_several_dtypes_is_not_taken_for_clipping():
+    net, optimizer = planned(torch.float16)
+    net.head.float().register_forward_pre_hook(lambda module, args: args[0].float())
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    x, y = toy_batches(dtype=torch.float16)[0]
+    scaler.scale(F.cross_entropy(net(x), y)).backward()
+    scaled = gradients(optimizer)
+    scaler.step(optimizer)
+    for before, after in zip(scaled, gradients(optimizer), strict=True):
+        assert torch.equal(after, (before.double() / 64.0).to(before.dtype))

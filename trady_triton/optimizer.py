@@ -317,7 +317,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
             if grad is not None:
                 # On CUDA a half-precision gradient would have the scale cast to its own dtype, where 65536 is infinite.
                 wide = grad.to(torch.promote_types(grad.dtype, scale.dtype))
-                grad.copy_(wide.div_(scale.to(grad.device)))
+                grad.copy_(wide / scale.to(grad.device))
 
     def _clip(self) -> None:
         """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""
