@@ -215,3 +215,15 @@ def test_draws_that_need_scores_are_predicted_by_them() -> None:
     optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
     optimizer.resample(0, scores)
     assert measure(net, optimizer, x, y) == predicted
+
+
+def test_a_step_whose_peak_is_its_update_is_predicted_to_the_byte() -> None:
+    net = toy_net(torch.float32)
+    plan = toy_plan(net, None, coverage=None, sampler="neq")
+    (x, y), *_ = toy_batches(dtype=torch.float32)
+    x, y = x[:1, :, :4, :4].clone(), y[:1].clone()
+    predicted = ledger(net, plan, x.shape, weight_decay=0.1)
+    apply_plan(net, plan)
+    optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1, weight_decay=0.1)
+    optimizer.resample(0)
+    assert measure(net, optimizer, x, y) == predicted

@@ -137,6 +137,14 @@ def test_peak_memory_ignores_what_existed_before() -> None:
     assert memory.peak_bytes == 0
 
 
+def test_peak_memory_sees_tensors_made_of_numbers() -> None:
+    with peak_memory() as real:
+        kept = torch.tensor([1.0] * 50)
+    with FakeTensorMode(), peak_memory() as fake:
+        torch.tensor([1.0] * 50)
+    assert real.live_bytes == real.peak_bytes == fake.peak_bytes == kept.numel() * FLOAT
+
+
 def test_peak_memory_sees_the_backward() -> None:
     weight = torch.randn(1000, requires_grad=True)
     with peak_memory() as memory:

@@ -150,8 +150,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
-            self._know(tensor.untyped_storage(), 0)
+        if func is not torch.ops.aten.lift_fresh.default:  # torch.tensor() calls it on what it has just made
+            for tensor in _tensors((args, kwargs)):
+                self._know(tensor.untyped_storage(), 0)
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
