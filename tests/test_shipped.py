@@ -37,3 +37,20 @@ def test_another_network_or_size_has_none():
     assert ranking_for(nn.Linear(3, 2)) is None
     with pytest.raises(ValueError, match="no ranking is shipped"):
         how_made(nn.Linear(3, 2))
+
+
+def test_make_plan_without_a_ranking_takes_the_shipped_one_and_says_so():
+    model = timm.create_model("mobilenetv2_w035", norm_layer=nn.Identity, feature_mix=False)
+    with pytest.warns(UserWarning, match="shipped for this network"):
+        plan = make_plan(model=model, input_shape=(1, 3, 128, 128), budget=27946)
+    assert plan == make_plan(ranking_for(model), budget=27946)
+
+
+def test_make_plan_without_a_ranking_refuses_what_none_is_shipped_for():
+    model = timm.create_model("mobilenetv2_w035", norm_layer=nn.Identity, feature_mix=False)
+    with pytest.raises(ValueError, match=r"none is shipped for this .* at image size 96"):
+        make_plan(model=model, input_shape=(1, 3, 96, 96), budget=27946)
+    with pytest.raises(ValueError, match="none is shipped for this Linear"):
+        make_plan(model=nn.Linear(3, 2), budget=27946)
+    with pytest.raises(ValueError, match="or the model"):
+        make_plan(budget=27946)

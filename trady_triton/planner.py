@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from trady_triton.strategies import strategy
 
 
 def make_plan(
-    ranking: Ranking,
+    ranking: Ranking | None = None,
     *,
     budget: int | str | None = None,
     memory: int | str | None = None,
@@ -31,18 +33,21 @@ def make_plan(
     `trady_triton.search.fit_memory`).
 
     Args:
-        ranking: what `rank_layers` measured.
+        ranking: what `rank_layers` measured. None takes the one that is shipped for `model`, and warns of it: which
+            layers matter is a property of the network more than of the data (Prop. 3.1).
         budget: elements for one sample as an integer, or bytes such as "256KiB".
         memory: bytes of the whole step, such as "2GiB".
-        model: the model, for `memory`.
-        input_shape: of the batch, as for `ledger`, for `memory`.
+        model: the model, for `memory` or without a ranking.
+        input_shape: of the batch, as for `ledger`, for `memory`; a shipped ranking must be of its image size.
         options: such as coverage, k, layers, fill, seed, policy; for a budget batch_size and dtypes, for a memory
             allow, micro_batch, target, loss_fn, autocast.
 
     Raises:
-        ValueError: an option out of its range, or a budget or memory in which no channel can be trained: the message
-            names the smallest that works.
+        ValueError: an option out of its range; no ranking, and none is shipped for the model; or a budget or memory in
+            which no channel can be trained: the message names the smallest that works.
     """
+    if ranking is None:
+        ranking = _shipped(model, input_shape)
     if budget is not None and memory is not None:
         raise ValueError(f"budget {budget!r} and memory {memory!r}: wanted one of them")
     if memory is None:
@@ -56,3 +61,28 @@ def make_plan(
     if model is None or input_shape is None:
         raise ValueError("memory: wanted model and input_shape as well, from which the step's peak is predicted")
     return fit_memory(model, ranking, memory=memory, input_shape=input_shape, **options)
+
+
+def _shipped(model: nn.Module | None, input_shape: Shape | None) -> Ranking:
+    """The ranking of this network that an installed package brings.
+
+    A package does so by an entry point of group `trady_triton.rankings`: (model, image size or None) -> a Ranking or
+    None.
+    """
+    if model is None:
+        raise ValueError("ranking None: wanted what rank_layers measured, or the model, for which one may be shipped")
+    size = input_shape[-1] if isinstance(input_shape, tuple | list) else None
+    for provider in entry_points(group="trady_triton.rankings"):
+        ranking: Ranking | None = provider.load()(model, size)
+        if ranking is not None:
+            warnings.warn(
+                f"no ranking given: the plan follows the one of {ranking.steps} steps that is shipped for this network "
+                f"({provider.value}); rank_layers measures it on your data",
+                stacklevel=3,
+            )
+            return ranking
+    raise ValueError(
+        f"ranking None: none is shipped for this {type(model).__name__}"
+        + (f" at image size {size}" if size else "")
+        + "; measure one with rank_layers(model, batches, loss_fn)"
+    )
