@@ -9,7 +9,7 @@ from test_optimizer import drawn_mask, train_step
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan, ledger, measure
-from trady_triton.states import state_shapes
+from trady_triton.optim.states import state_shapes
 
 KINDS = {
     "momentum": ({"momentum": 0.9}, torch.optim.SGD),

@@ -10,7 +10,7 @@ from toys import toy_net, toy_plan, toy_ranking
 
 from trady_triton import TraDyOptimizer, apply_plan, backward_in_parts, make_plan, measure
 from trady_triton.meters import storage_bytes
-from trady_triton.strict import StepMemory
+from trady_triton.optim.strict import StepMemory
 
 SHAPE = (8, 3, 12, 12)
 

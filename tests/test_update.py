@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from trady_triton import update
 from trady_triton.ops import dispatch
+from trady_triton.optim import update
+from trady_triton.optim.states import new_channel_state
+from trady_triton.optim.update import ChannelUpdate, Trained
 from trady_triton.slot import ChannelSlot
-from trady_triton.states import new_channel_state
-from trady_triton.update import ChannelUpdate, Trained
 
 SGD = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9, "nesterov": False}
 ADAMW = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}

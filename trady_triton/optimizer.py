@@ -1,4 +1,4 @@
-"""TraDyOptimizer: draws and steps. Bookkeeping is in `channel_groups`, the maths in `update`."""
+"""TraDyOptimizer: draws and steps. Bookkeeping is in `optim.channel_groups`, the maths in `optim.update`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
-from trady_triton.channel_groups import ChannelGroups
-from trady_triton.distributed import Processes, StepsWithoutBatch
-from trady_triton.gradients import GradientWatch, clip_jointly_, missed_compact
-from trady_triton.options import check_whole, defaults_of, listed, tensors_in
+from trady_triton.optim.channel_groups import ChannelGroups
+from trady_triton.optim.distributed import Processes, StepsWithoutBatch
+from trady_triton.optim.gradients import GradientWatch, clip_jointly_, missed_compact
+from trady_triton.optim.options import check_whole, defaults_of, listed, tensors_in
+from trady_triton.optim.states import fill_whole_state
+from trady_triton.optim.strict import StepMemory
+from trady_triton.optim.update import ChannelUpdate, Trained, update_whole
 from trady_triton.plan import Plan
 from trady_triton.sampling import Scores, Selection
 from trady_triton.slot import find_pool
-from trady_triton.states import fill_whole_state
-from trady_triton.strict import StepMemory
-from trady_triton.update import ChannelUpdate, Trained, update_whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
-from trady_triton.scores import ChannelScores
+from trady_triton.optim.scores import ChannelScores
 
 
 def sharded(**options):

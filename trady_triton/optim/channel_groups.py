@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trady_triton.gradients import GradientWatch
-from trady_triton.options import check_group
-from trady_triton.plan import Plan
-from trady_triton.scores import ChannelScores
-from trady_triton.slot import ChannelSlot, Pool, find_slot
-from trady_triton.states import (
+from trady_triton.optim.gradients import GradientWatch
+from trady_triton.optim.options import check_group
+from trady_triton.optim.scores import ChannelScores
+from trady_triton.optim.states import (
     State,
     carry_,
     check_saved,
@@ -25,6 +23,8 @@ from trady_triton.states import (
     new_channel_state,
     state_shapes,
 )
+from trady_triton.plan import Plan
+from trady_triton.slot import ChannelSlot, Pool, find_slot
 
 
 class ChannelGroups(Optimizer):

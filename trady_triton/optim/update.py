@@ -18,9 +18,9 @@ from torch.optim.sgd import sgd
 
 from trady_triton.ops import adamw_corrections, adamw_hyper, scatter_update_, sgd_hyper, update_tables
 from trady_triton.ops.dispatch import use_triton
+from trady_triton.optim.states import State, state_names
 from trady_triton.sharding import is_sharded
 from trady_triton.slot import ChannelSlot
-from trady_triton.states import State, state_names
 
 # Under the addresses and sizes that they hold.
 _Tables = dict[tuple[int, ...], tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trady_triton.cost import CostModel
-from trady_triton.states import ALGORITHMS, STATE_POLICIES, state_names
+from trady_triton.optim.states import ALGORITHMS, STATE_POLICIES, state_names
 
 
 def listed(params: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,1 @@
+"""What TraDyOptimizer is made of: groups and states, gradients, updates, scores, processes, meter."""
