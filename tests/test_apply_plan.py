@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, RmsNorm
 from torch import nn
 from toys import ToyNet, toy_batches, toy_net, toy_plan
 
@@ -299,12 +299,19 @@ def test_inputs_without_a_batch_are_taken_as_torch_takes_them(name):
     assert net[0].bias.grad.shape == net[0].bias.shape
 
 
-def test_batch_norm_affine_trains_that_of_batchnorm_alone():
+@pytest.mark.parametrize(
+    ("options", "norms"),
+    [
+        ({"policy": Policy(batch_norm="affine")}, {"1.weight", "1.bias"}),
+        ({"train_norm": True}, {"1.weight", "1.bias", "2.weight", "2.bias", "4.weight"}),
+    ],
+)
+def test_batchnorms_affine_is_trained_alone_or_with_that_of_every_norm(options, norms):
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)
-    )
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1), RmsNorm(2), nn.Flatten(),
+        nn.Linear(16, 2),
+    )  # fmt: skip
     ranking = rank_layers(net.eval(), [(torch.randn(2, 3, 2, 2), torch.arange(2))], F.cross_entropy)
-    plan = make_plan(ranking, budget=200, policy=Policy(batch_norm="affine"))
-    apply_plan(net, plan)
+    apply_plan(net, make_plan(ranking, budget=200, **options))
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
-    assert trained == {"1.weight", "1.bias", "5.weight", "5.bias"}
+    assert trained == norms | {"6.weight", "6.bias"}

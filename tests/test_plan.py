@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import toy_net, toy_plan, toy_ranking
 
-from trady_triton import Plan, Ranking, make_plan
+from trady_triton import Plan, Policy, Ranking, make_plan
 from trady_triton.budget import parse_budget
 from trady_triton.cost import CostModel, LayerShape
 from trady_triton.ranking import LayerNorms
@@ -191,6 +191,7 @@ def test_a_scheme_brings_its_own_budget():
         ({"dgrad_budget": 0}, "dgrad_budget"),
         ({"dgrad_budget": 1.5}, "dgrad_budget"),
         ({"dgrad_budget": 0.5, "train_bias": True}, "biases"),
+        ({"dgrad_budget": 0.5, "policy": Policy(batch_norm="affine")}, "norms"),
     ],
     ids=str,
 )

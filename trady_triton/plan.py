@@ -165,7 +165,7 @@ class Plan:
 
     def _dgrad_flops(self, draw: Selection) -> int:
         lowest = next((name for name in self.shapes if draw[name]), None)
-        if self.train_bias or self.train_norm:
+        if self.trains_all_depths:
             lowest = next(iter(self.shapes))
         return 0 if lowest is None else self.dgrad_flops_above(lowest)
 
@@ -188,6 +188,11 @@ class Plan:
             size = shape.out_channels if self.strategy.scores == "velocity" else shape.in_channels
             if found != (size,):
                 raise ValueError(f"scores of layer {name!r}: shape {found}, wanted ({size},)")
+
+    @property
+    def trains_all_depths(self) -> bool:
+        """Whether biases or norms are trained wherever they stand, so that dX runs down to the first layer."""
+        return self.train_bias or self.train_norm or self.policy.batch_norm == "affine"
 
     @property
     def store(self) -> str:
@@ -292,7 +297,8 @@ def make_plan(
         fill: "stop" ends a draw at the first channel that does not fit, "skip" goes on to the next.
         seed: of all draws.
         train_bias: also train the biases of the ranked layers, outside the budget.
-        train_norm: also train the weights and biases of normalisation layers, outside the budget.
+        train_norm: also train the weights and biases of normalisation layers of every kind, outside the budget; of
+            BatchNorm alone with `policy=Policy(batch_norm="affine")`.
         policy: what the frozen layers keep for the backward; the default is exact.
 
     Raises:
@@ -354,7 +360,7 @@ def _check_depth(plan: Plan) -> None:
         return
     if isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"dgrad_budget {share!r}: wanted a share of full fine-tuning's dX in (0, 1]")
-    if plan.train_bias or plan.train_norm:
+    if plan.trains_all_depths:
         raise ValueError("dgrad_budget: biases or norms are trained in every layer, so dX runs to the first of them")
     full = plan.dgrad_flops_above(next(iter(plan.shapes)))
     least = min(plan.dgrad_flops_above(name) for name in plan.pool) / max(1, full)

@@ -15,9 +15,10 @@ class Policy:
 
     Attributes:
         batch_norm: "eval" normalises with the running statistics even in train mode and keeps nothing. "affine" does
-            so too and trains weight and bias, outside the budget, for which every input is kept, in 4 bytes an element
-            or, by `activations`, in one (`train_norm=True` does it to all kinds of normalisation). "train" leaves the
-            mode to `model.train()`: the batch's own statistics, and every input kept, in 4 bytes an element.
+            so too and trains weight and bias of BatchNorm alone (`make_plan(train_norm=True)` those of every kind of
+            normalisation), outside the budget, for which every input is kept, in 4 bytes an element or, by
+            `activations`, in one. "train" leaves the mode to `model.train()`: the batch's own statistics, and every
+            input kept, in 4 bytes an element.
         activations: "exact" keeps what an exact derivative needs: a bit an element for ReLU and its kin, the input
             (4 or 2 bytes) for SiLU, GELU, Hardswish, LayerNorm and gates. 8 keeps one byte instead, an error of some
             0.3 % a layer. 2 keeps two bits of the derivative of SiLU, GELU and Hardswish and a byte elsewhere: an

@@ -18,7 +18,6 @@ from trady_triton.plan import Plan
 from trady_triton.registry import lean_type
 from trady_triton.slot import ChannelSlot, Pool, attach_pool, detach_pool
 
-_NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,16 @@ def _trained_parameters(model: nn.Module, plan: Plan) -> set[int]:
     chosen = [parameter for name in plan.head for parameter in modules[name].parameters()]
     if plan.train_bias:
         chosen += [bias for name in plan.shapes if isinstance(bias := modules[name].bias, nn.Parameter)]
-    norms = _NORM_TYPES if plan.train_norm else (_BatchNorm,) if plan.policy.batch_norm == "affine" else ()
-    chosen += [p for module in modules.values() if isinstance(module, norms) for p in module.parameters(recurse=False)]
+    norms = [module for module in modules.values() if _is_trained_norm(module, plan)]
+    chosen += [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
     return {id(parameter) for parameter in chosen}
+
+
+def _is_trained_norm(module: nn.Module, plan: Plan) -> bool:
+    """Whether the affine of a module is trained. Kinds have no common base (timm's RmsNorm), but all are named so."""
+    if plan.train_norm:
+        return "norm" in type(module).__name__.lower()
+    return plan.policy.batch_norm == "affine" and isinstance(module, _BatchNorm)
 
 
 def _lean_class(name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
