@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trady_triton.functional import ConvGeometry, _LeanConv2d, _LeanLinear, lean_conv2d, lean_linear
+from trady_triton.functional import (
+    ConvGeometry,
+    _conv_dgrad,
+    _LeanConv2d,
+    _LeanLinear,
+    _transposed_dgrad,
+    lean_conv2d,
+    lean_linear,
+)
 from trady_triton.slot import ChannelSlot
 
 # in, out, kernel, stride, padding, dilation, groups, height, width
@@ -45,6 +53,14 @@ def channel_rows(grad, groups):
     """dW [O, C/G, R, S] -> [C, O/G, R, S], by explicit slicing."""
     out, group_size = grad.shape[0] // groups, grad.shape[1]
     return torch.stack([grad[c // group_size * out :][:out, c % group_size] for c in range(groups * group_size)])
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_both_ways_to_dx_agree(name):
+    x, weight, bias, _, geometry = conv_case(name)
+    dy = torch.randn_like(dense_conv(x, weight, bias, geometry))
+    expected = _conv_dgrad(dy, weight, x.shape, geometry)
+    torch.testing.assert_close(_transposed_dgrad(dy, weight, x.shape, geometry), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

@@ -232,11 +232,30 @@ def _redeem(ticket: Ticket | None) -> None:
 
 def _conv_dgrad(dy: Tensor, weight: Tensor, x_shape: torch.Size, geometry: ConvGeometry) -> Tensor:
     """dX [N, C, H, W] from the whole dY and W; the input itself is not needed, only its shape."""
-    stride, padding, dilation, groups, overhang = geometry
-    left, right, top, bottom = overhang
+    left, right, top, bottom = geometry.overhang
     padded = (*x_shape[:2], x_shape[2] + top + bottom, x_shape[3] + left + right)
-    x = dy.new_empty(1).expand(padded)
-    dx: Tensor = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
-    )[0]
+    if dy.is_cuda and dy.is_contiguous(memory_format=torch.channels_last) and not dy.is_contiguous():
+        dx = _transposed_dgrad(dy, weight, padded, geometry)
+    else:
+        x = dy.new_empty(1).expand(padded)
+        stride, padding, dilation, groups, _ = geometry
+        dx = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+        )[0]
     return dx[:, :, top : top + x_shape[2], left : left + x_shape[3]]
+
+
+def _transposed_dgrad(dy: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: ConvGeometry) -> Tensor:
+    """The same by a transposed convolution, which on a GPU runs the same kernel of cuDNN.
+
+    convolution_backward first copies dY into the memory format of its input, and an input without storage can only be
+    contiguous: a channels_last dY would be copied there and back.
+    """
+    stride, padding, dilation, groups, _ = geometry
+    reach = [
+        (size - 1) * step - 2 * pad + (taps - 1) * gap + 1
+        for size, step, pad, taps, gap in zip(dy.shape[2:], stride, padding, weight.shape[2:], dilation, strict=True)
+    ]
+    rest = [size - end for size, end in zip(x_shape[2:], reach, strict=True)]
+    with torch.autocast(dy.device.type, enabled=False):
+        return F.conv_transpose2d(dy, weight, None, stride, padding, rest, groups, dilation)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trady_triton.ops import dispatch, token_wgrad
 
@@ -27,6 +28,16 @@ def test_kernels_on_the_cpu_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRET", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         dispatch.use_triton(torch.ones(1))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_that_triton_does_not_know_gets_the_twins(capability, expected, monkeypatch):
+    monkeypatch.setenv("TRADY_TRITON_BACKEND", "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dispatch._runs_kernels.cache_clear()
+    with FakeTensorMode():
+        assert dispatch.use_triton(torch.empty(1, device="cuda")) is expected
+    dispatch._runs_kernels.cache_clear()
 
 
 def test_the_torch_backend_launches_no_kernel(monkeypatch):

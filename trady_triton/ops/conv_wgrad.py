@@ -110,6 +110,8 @@ def dense_wgrad(
     if x.shape[1] == 0 or dy.numel() == 0:
         return dy.new_zeros(x.shape[1], dy.shape[1], *kernel_size, dtype=out_dtype)
     x, padding = fit_padding(upcast(x), dy.shape[2:], kernel_size, stride, padding, dilation)
+    if dy.is_contiguous(memory_format=torch.channels_last):  # else torch would turn dy, which is larger
+        x = x.contiguous(memory_format=torch.channels_last)
     weight = x.new_empty(()).expand(dy.shape[1], x.shape[1], *kernel_size)
     _, dw, _ = torch.ops.aten.convolution_backward(
         upcast(dy), x, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)

@@ -20,6 +20,7 @@ so kernels upcast every loaded tile to fp32 there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     """
     name = backend()
     if name == "auto":
-        return tensor.is_cuda and triton is not None
+        return triton is not None and tensor.is_cuda and _runs_kernels(tensor.device)
     if name == "torch":
         return False
     if triton is None:
@@ -93,6 +94,12 @@ def use_triton(tensor: torch.Tensor) -> bool:
             "on the CPU they only run when TRITON_INTERPRET=1 was set before the first import"
         )
     return True
+
+
+@functools.cache
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether triton compiles for a GPU: for any of AMD's, for NVIDIA's from compute capability 8.0 on."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def takes_library(config: Config) -> bool:

@@ -54,10 +54,11 @@ def carry_(state: State, channels: Tensor, old: State, old_channels: Tensor) -> 
     if not state or not old:
         return
     old_channels = old_channels.to(channels.device)
-    here, there = torch.isin(channels, old_channels), torch.isin(old_channels, channels)
-    for name, value in state.items():
-        kept = old[name]
-        value[here.to(value.device)] = kept[there.to(kept.device)].to(value)
+    there = torch.searchsorted(old_channels, channels).clamp_(max=len(old_channels) - 1)
+    again = old_channels[there] == channels
+    for name, value in state.items():  # no boolean index: its size would have to come back from the device
+        kept = old[name][there.to(old[name].device)].to(value)
+        value.copy_(kept.where(again.to(value.device).view(-1, *[1] * (value.dim() - 1)), value))
 
 
 def fill_whole_state(state: State, parameter: Tensor, algorithm: str, group: Mapping[str, Any]) -> State:

@@ -95,7 +95,7 @@ def compile_case(case, target):
     stages = min(case.num_stages, 2) if target == "gfx942" else case.num_stages
     options = {"num_warps": case.num_warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=TARGETS[target], options=options)
-    usage = _amd_usage(binary) if target == "gfx942" else _nvidia_usage(binary)
+    usage = _amd_usage(binary) if target == "gfx942" else nvidia_usage(binary)
     registers, spill_bytes, code = usage
     return {
         "case": case.name,
@@ -118,7 +118,8 @@ def _amd_usage(binary):
     return vgprs, max(4 * spilled, private), code
 
 
-def _nvidia_usage(binary):
+def nvidia_usage(binary):
+    """(registers, bytes of spills, SASS) of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -1,0 +1,215 @@
+"""A CUDA device that is not there: fake tensors on it, the host code of our ops run for real, every launch recorded.
+
+    with pretended_cuda() as recorded:
+        x = torch.empty(8, 768, device="cuda")
+        store_channels(x, channels, "tokens")
+    recorded.launches[0].signature, recorded.launches[0].grid
+
+Triton's own `JITFunction.run` binds and specialises the arguments, by fake addresses; only compilation and launch are
+taken out. An op that has a kernel runs its CUDA implementation in place of its fake. What needs values of a device
+tensor on the host (`.item()`, `.tolist()`, a boolean index) raises, as fake tensors have none.
+"""
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import engine
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from trady_triton.ops import workspace
+
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+ALIGNMENT = 512  # of the CUDA allocator
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what triton would compile, and where it would run."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[object, object], ...]
+    attrs: tuple[tuple[object, object], ...]
+    options: object
+    grid: tuple[int, ...]
+
+    @property
+    def variant(self):
+        """What is compiled once."""
+        return self.kernel, self.signature, self.constexprs, self.attrs, self.options
+
+
+class Recorded(TorchDispatchMode):
+    """Runs the CUDA implementation of an op of ours, where fake tensors would ask its fake; both must agree.
+
+    `launches` are all that were made, `problems` says what a device would refuse, and where a step waits for it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.problems, self.in_step = [], [], False
+
+    def begin_step(self):
+        self.in_step = True
+
+    def end_step(self):
+        self.in_step = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "trady":
+            out = _as_cudnn(func, args, func(*args, **(kwargs or {})))
+            if self.in_step and func in _LOOKED_AT:
+                self.problems += _LOOKED_AT[func](args, kwargs or {}, out)
+            return out
+        expected = func(*args, **(kwargs or {}))
+        with self:
+            out = func._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
+        pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (out, expected)), strict=True)
+        for ours, fake in pairs:
+            assert _layout(ours) == _layout(fake), f"{func}: {_layout(ours)}, but its fake says {_layout(fake)}"
+        return out
+
+
+def _as_cudnn(func, args, out):
+    """The result of a convolution in the memory format that cuDNN chooses; fake tensors do as without it."""
+    if func is torch.ops.aten.convolution.default and any(map(_is_channels_last, args[:2])):
+        return out.contiguous(memory_format=torch.channels_last)
+    if func is torch.ops.aten.convolution_backward.default and out[0] is not None and _is_channels_last(args[2]):
+        return (out[0].contiguous(memory_format=torch.channels_last), *out[1:])
+    return out
+
+
+def _moved(source, out, waits):
+    """A copy between host and device that the host waits for."""
+    moves = source.device != out.device and (waits or out.device.type == "cpu")
+    return [f"{tuple(out.shape)} moves from {source.device} to {out.device}"] if moves else []
+
+
+def _turned(args, kwargs, out):
+    """Torch copies dy into the memory format of x before a convolution's backward."""
+    dy, x = args[:2]
+    turned = _is_channels_last(dy) != _is_channels_last(x)
+    return [f"a convolution's backward turns dy {tuple(dy.shape)} into the layout of its input"] if turned else []
+
+
+def _is_channels_last(tensor):
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+_LOOKED_AT = {
+    torch.ops.aten._to_copy.default: lambda args, kwargs, out: _moved(args[0], out, not kwargs.get("non_blocking")),
+    torch.ops.aten.copy_.default: lambda args, kwargs, out: _moved(args[1], out, args[2:] != (True,)),
+    torch.ops.aten.convolution_backward.default: _turned,
+}
+
+
+def _layout(tensor):
+    """All that a fake has to know of its op's result; a stride along a single element says nothing."""
+    if tensor is None:
+        return None
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tensor.shape, strides, tensor.dtype, tensor.device
+
+
+class _Driver:
+    """What JITFunction asks of triton's active driver."""
+
+    def get_current_device(self):
+        return _CURRENT.device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+_CURRENT = SimpleNamespace(device=0)
+
+
+def _exchange_device(index):
+    previous = _CURRENT.device
+    if index >= 0:
+        _CURRENT.device = index
+    return previous
+
+
+_torch_tensor = torch.tensor
+
+
+def _tensor(data, *, pin_memory=False, **options):
+    """torch.tensor without the page-locked memory, for which there would have to be a driver."""
+    return _torch_tensor(data, **options)
+
+
+def _address(tensor):
+    return tensor.untyped_storage()._cdata * ALIGNMENT + tensor.storage_offset() * tensor.itemsize
+
+
+def _refused(arguments, grid):
+    """What a device would refuse: tensors that lie elsewhere, and grids out of its limits."""
+    here = torch.device("cuda", _CURRENT.device)
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    found = [
+        f"{name} is on {tensor.device}, launched on {here}" for name, tensor in tensors.items() if tensor.device != here
+    ]
+    return found + [f"grid {grid}" for size, most in zip(grid, MAX_GRID, strict=True) if not 0 < size <= most]
+
+
+def _recorder(recorded):
+    """A `JITFunction._do_compile` that returns a binary which records its launch."""
+
+    def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
+        def run(x, y, z, stream, function, metadata, launch_metadata, enter, exit, *values):
+            arguments = dict(zip(self.arg_names, values, strict=True))
+            grid, parts = (x, y, z), (tuple(signature.items()), _frozen(constexprs), _frozen(attrs))
+            recorded.launches.append(Launch(self, *parts, options, grid))
+            recorded.problems += [f"{self.fn.__name__}: {text}" for text in _refused(arguments, grid)]
+
+        return SimpleNamespace(run=run, launch_metadata=lambda *_: None, function=0, packed_metadata=())
+
+    return compile_nothing
+
+
+def _frozen(mapping):
+    return tuple(
+        (key, tuple(map(tuple, value)) if isinstance(value, list) else value) for key, value in mapping.items()
+    )
+
+
+@contextlib.contextmanager
+def pretended_cuda():
+    """The launches inside the block, in which torch.cuda says that there are H100s."""
+    recorded = Recorded()
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (FakeTensor, "data_ptr", _address),
+            (JITFunction, "_do_compile", _recorder(recorded)),
+            (triton.runtime.driver, "_active", _Driver()),
+            (torch.autograd, "_engine_run_backward", engine.run_backward),
+            (torch._C, "_current_graph_task_id", lambda: 1),  # else a checkpoint runs again for each tensor
+            (torch, "tensor", _tensor),
+            (workspace, "_BUFFERS", {}),
+            (torch.cuda, "get_device_properties", lambda device=None: H100),
+            (torch.cuda, "get_device_capability", lambda device=None: (H100.major, H100.minor)),
+            (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
+            (torch.cuda, "current_device", lambda: _CURRENT.device),
+            (torch.cuda, "_exchange_device", _exchange_device),
+            (torch.cuda, "_maybe_exchange_device", _exchange_device),
+            (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        ):
+            stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(recorded)
+        yield recorded
