@@ -132,10 +132,10 @@ def test_damaged_and_foreign_plan_files_are_refused(tmp_path):
         Plan.load(tmp_path / "ranking.json")
     toy_plan(toy_net()).save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    del content["cost"]
-    (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="damaged"):
-        Plan.load(tmp_path / "plan.json")
+    for change in ({"cost": None}, {"budget": "x"}, {"budget": -4}, {"pool": ["nowhere"]}, {"surprise": 1}):
+        (tmp_path / "plan.json").write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match="damaged"):
+            Plan.load(tmp_path / "plan.json")
 
 
 def test_expected_savings_are_the_means_of_the_draws():

@@ -146,11 +146,24 @@ def test_foreign_files_are_refused(tmp_path, content):
         Ranking.load(path)
 
 
-def test_a_damaged_ranking_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers[0].pop("norms"),
+        lambda layers: layers[0]["norms"].pop(),
+        lambda layers: layers[0]["norms"].__setitem__(0, float("nan")),
+        lambda layers: layers[0]["norms"].__setitem__(0, -1.0),
+        lambda layers: layers[0]["norms"].__setitem__(0, "1"),
+        lambda layers: layers[0].__setitem__("shape", None),
+        lambda layers: layers.append(layers[0]),
+    ],
+    ids=["no norms", "a norm less", "nan", "negative", "text", "no shape", "twice"],
+)
+def test_a_damaged_ranking_is_refused(tmp_path, change):
     path = tmp_path / "ranking.json"
     toy_ranking(toy_net()).save(path)
     content = json.loads(path.read_text())
-    del content["layers"][0]["norms"]
+    change(content["layers"])
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="damaged"):
         Ranking.load(path)

@@ -55,6 +55,12 @@ class Plan:
     correction_cap: float | None = None
     ratios: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 0:
+            raise ValueError(f"budget {self.budget!r}: wanted an integer of at least 0, in the plan's unit")
+        if unknown := [name for name in self.pool if name not in self.shapes]:
+            raise ValueError(f"pool: layer {unknown[0]!r} has no shape")
+
     def sample(self, epoch: int, scores: Scores | None = None) -> Selection:
         """The channels of an epoch: layer name -> input channel ids, ascending, for every layer that is drawn from.
 
@@ -240,7 +246,7 @@ class Plan:
             pool, head = tuple(content.pop("pool")), tuple(content.pop("head"))
             ratios = tuple(content.pop("ratios", ()))
             return cls(shapes=shapes, pool=pool, head=head, cost=cost, policy=policy, ratios=ratios, **content)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: the plan is damaged ({error!r})") from error
 
 

@@ -53,6 +53,15 @@ class Ranking:
     head: tuple[str, ...]
     steps: int
 
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"layer {next(name for name in names if names.count(name) > 1)!r} is ranked twice")
+        for layer in self.layers:
+            if len(layer.norms) != layer.shape.in_channels or not all(0 <= norm < math.inf for norm in layer.norms):
+                raise ValueError(f"layer {layer.name!r}: wanted {layer.shape.in_channels} gradient norms, each finite "
+                                 "and at least 0")  # fmt: skip
+
     def order(self, cost: CostModel | None = None) -> tuple[str, ...]:
         """Layer names, highest RGN first. The default cost is the paper's: elements, one sample."""
         cost = cost or CostModel()
@@ -73,7 +82,7 @@ class Ranking:
         content = read_json(path, "ranking")
         try:
             return cls.from_dict(content)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: the ranking is damaged ({error!r})") from error
 
     @classmethod

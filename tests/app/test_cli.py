@@ -173,6 +173,19 @@ def test_resume_with_another_setting_is_an_error(run):
     assert "that run had lr = 0.125, this one has 0.5" in error_of(run("--budget", 3000, "--lr", 0.5, "--resume"))
 
 
+def test_resume_with_another_plan_is_an_error(run):
+    assert run("--budget", 3000).exit_code == 0
+    result = run("--budget", 3000, "--sampler", "cyclic", "--resume")
+    assert "that run had sampler = 'trady', this one has 'cyclic'" in error_of(result)
+
+
+def test_a_plan_that_counts_the_bytes_of_fewer_samples_is_an_error(run, tmp_path):
+    plan = tmp_path / "p.json"
+    assert trady("plan", NET, *SMALL, "--budget", "16KiB", "--batch-size", 4, "--out", plan).exit_code == 0
+    assert "p.json: counts the bytes of 4 samples, a batch of 5 would keep more" in error_of(run("--plan", plan))
+    assert run("--plan", plan, "--batch-size", 4).exit_code == 0
+
+
 def test_a_plan_of_another_model_is_an_error(run, tmp_path):
     plan = tmp_path / "p.json"
     assert trady("plan", "test_vit", *SMALL, "--budget", 3000, "--out", plan).exit_code == 0
@@ -201,22 +214,44 @@ def test_a_bad_budget_is_an_error(budget, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--data", "/no/such"), "data '/no/such': no such file or folder"),
+        (("--budget", "3000", "--data", "/no/such"), "data '/no/such': no such file or folder"),
         (("--method", "lora"), "--method 'lora': wanted one of trady, full, head"),
-        ((), "needs --budget or --plan"),
+        ((), "--budget and --plan: wanted one of them for --sampler trady"),
+        (("--budget", "3000", "--plan", "p.json"), "--plan p.json and --budget: the plan says that already"),
+        (("--plan", "p.json", "--method", "full"), "--plan p.json: --method full follows none"),
+        (("--budget", "3000", "--sampler", "head"), "wanted none of them for --sampler head"),
+        (("--budget", "3000", "--sampler", "d-rgn"), "--sampler d-rgn: needs passes or a scheme of its own"),
+        (("--budget", "3000", "--k", "3", "--coverage", "0.5"), "--k and --coverage: only one of them"),
+        (("--budget", "3000", "--model-args", '{"in_chans": 1}'), "images are RGB, wanted 3 as in_chans"),
+        (("--budget", "3000", "--lr", "inf"), "--lr inf: wanted a finite number"),
+        (("--budget", "3000", "--resume", "--overwrite"), "--resume and --overwrite: only one of them"),
         (("--budget", "3000", "--device", "abacus"), "--device 'abacus'"),
-        (("--weights", "none.pth"), "weights 'none.pth': no such file"),
+        (("--budget", "3000", "--weights", "none.pth"), "weights 'none.pth': no such file"),
         (("--weights", "none.pth", "--pretrained"), "only one of them"),
         (("--plan", "none.json"), "none.json"),
         (("--budget", "3000", "--ranking", "none.json"), "none.json"),
         (("--budget", "3000", "--k", "99"), "k 99: wanted an integer from 1 to"),
         (("--budget", "3000", "--optimizer", "lion"), "optimizer 'lion': wanted one of sgd, momentum, adamw"),
         (("--budget", "3000", "--fill", "x"), "fill 'x': wanted one of stop, skip"),
-        (("--model-args", "{"), "model arguments '{': not JSON"),
+        (("--budget", "3000", "--model-args", "{"), "model arguments '{': not JSON"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, message):
     assert message in error_of(run(*arguments))
+
+
+def test_a_file_that_could_not_be_written_is_told_before_the_work():
+    for out in ("/no/such/p.json", "/"):
+        result = trady("plan", NET, *SMALL, "--budget", 3000, "--out", out)
+        assert result.exit_code == 2
+        assert "Invalid value for '--out'" in result.stderr
+        assert "quick ranking" not in result.stderr
+
+
+def test_the_versions_are_told():
+    result = trady("--version")
+    assert result.exit_code == 0
+    assert f"torch {torch.__version__.partition('+')[0]}" in result.stdout
 
 
 def test_a_missing_option_is_told_by_the_parser():

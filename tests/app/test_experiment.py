@@ -58,12 +58,17 @@ def test_the_grid_is_the_product_and_strategies_without_budget_run_once(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("seeds: [0, 1]", ""), "wanted the entries"),
+        (("seeds: [0, 1]", ""), "Spec: 'seeds' is missing; wanted entries nets, data"),
+        (("seeds: [0, 1]", "seeds: 3"), "seeds 3: wanted a list"),
+        (("seeds: [0, 1]", "seeds: [a]"), "seed 'a': wanted an integer"),
         (("trady, head", "lora"), "wanted one of trady"),
-        (("file: digits", "fiel: digits"), "fiel"),
+        (("file: digits", "fiel: digits"), "DataSet: 'fiel' is unknown; wanted entries file"),
+        (("budgets: [", "budgets: [lots, "), "budget 'lots'"),
+        (("lrs: [", "lrs: [.nan, "), "lr nan: wanted a finite number"),
+        (("epochs: 1", "epochs: 0"), "epochs 0: wanted an integer of at least 1"),
+        (("dgrad_budget", "dgrad"), "strategy 'shallow': make_plan has no option 'dgrad'"),
         (("nets: [", "nets: ]["), "not YAML"),
     ],
-    ids=["missing", "strategy", "typo", "yaml"],
 )
 def test_a_bad_spec_is_refused(tmp_path, change, message):
     (tmp_path / "spec.yaml").write_text(SPEC.replace(*change))
@@ -121,7 +126,7 @@ def test_finished_cells_are_not_run_again(tmp_path):
 
 def test_a_cell_that_fails_leaves_the_finished_ones(tmp_path):
     cells = [cell("head", None), replace(cell("head", None), data=DataSet("nowhere.npz"))]
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"cell mobilenetv2_w035-nowhere-.*: data 'nowhere\.npz': no such file"):
         run_grid(cells, tmp_path, "", devices=["cpu"], threads=1)
     assert finished(cells, tmp_path) == cells[:1]
 

@@ -68,6 +68,8 @@ def parse_options(text: str | None) -> dict[str, Any]:
         raise ValueError(f"model arguments {text!r}: not JSON ({error})") from error
     if not isinstance(options, dict):
         raise ValueError(f"model arguments {text!r}: wanted a JSON object")
+    if options.get("in_chans", 3) != 3:
+        raise ValueError(f"model arguments {text!r}: images are RGB, wanted 3 as in_chans")
     return options
 
 

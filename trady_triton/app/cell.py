@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan
-from trady_triton.app.build import build_model, load_weights
+from trady_triton import Plan, TraDyOptimizer, apply_plan, make_plan
+from trady_triton.app.build import build_model, input_size, load_weights
 from trady_triton.app.data import load_data
+from trady_triton.app.planning import load_ranking
 from trady_triton.app.resident import ResidentData
 from trady_triton.app.spec import Cell, DataSet, Net
 from trady_triton.app.train import evaluate, make_scheduler, train_epoch
@@ -137,8 +138,10 @@ def network(net: Net, folder: str, num_classes: int) -> nn.Module:
 
 def plan_of(cell: Cell, model: nn.Module, folder: str) -> Plan:
     """The plan of a cell, from the ranking that its net names or that is shipped for it."""
-    path = cell.net.ranking
-    ranking = Ranking.load(Path(folder) / path) if path else ranking_for(model, cell.net.image_size)
+    path, size = cell.net.ranking, cell.net.image_size
+    ranking = (
+        load_ranking(str(Path(folder) / path), model, input_size(model, size)) if path else ranking_for(model, size)
+    )
     if ranking is None:
         raise ValueError(f"net {cell.net.name!r}: no ranking is shipped for it; name a file as `ranking`")
     options: dict[str, Any] = dict(cell.method.options)

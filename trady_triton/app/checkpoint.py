@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -59,15 +60,17 @@ class Checkpoint:
         """Put everything back.
 
         Raises:
-            ValueError: the checkpoint is of another model or another plan.
+            ValueError: the checkpoint is damaged, or of another model or another plan.
         """
-        optimizer.load_state_dict(self.optimizer)  # first, as it refuses another plan and changes nothing then
         try:
+            optimizer.load_state_dict(self.optimizer)  # first, as it refuses another plan and changes nothing then
             model.load_state_dict(self.model)
+            scheduler.load_state_dict(self.scheduler)
+            set_random_state(self.random)
         except RuntimeError as error:
-            raise ValueError(f"the checkpoint is of another model ({error})") from error
-        scheduler.load_state_dict(self.scheduler)
-        set_random_state(self.random)
+            raise ValueError(f"the checkpoint is of another model ({shorten(str(error), 300)})") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the checkpoint is damaged ({error!r})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file and keep the one before beside it; an interrupted write leaves both as they were."""

@@ -11,24 +11,26 @@ import typer
 from rich.console import Console
 
 from trady_triton.app.build import build_model, check_name, input_size
-from trady_triton.app.cli_base import app, note, reported
+from trady_triton.app.cli_base import check_file, command, note
+from trady_triton.app.cli_options import Device, ImageSize
 from trady_triton.app.planning import pick_device
 from trady_triton.budget import parse_budget
 
 
-@app.command()
-@reported
+@command
 def bench(
     model: Annotated[str, typer.Option(help="A timm model name, such as mobilenetv2_100.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
     budget: Annotated[str, typer.Option(help="B_mem of the plans, in bytes: 256KiB.")] = "256KiB",
-    image_size: Annotated[int | None, typer.Option(min=8, help="Input height and width; the model's own.")] = None,
+    image_size: ImageSize = None,
     methods: Annotated[str | None, typer.Option(help="Only these, with commas: full,pool-ckpt,trady.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed, each beside one of full.")] = 5,
     minutes: Annotated[float, typer.Option(min=0.0, help="Methods that do not start before are left out.")] = 30.0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU by default where there is one.")] = None,
+    device: Device = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run forward and loss under autocast in bfloat16.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Keep the numbers in this JSON; a second run goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=check_file, help="Keep the numbers in this JSON; a second run goes on.")
+    ] = None,
 ) -> None:
     """Measure a training step of every method on a network: FLOPs, memory, time beside full fine-tuning."""
     from trady_triton.bench.methods import METHODS

@@ -3,49 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from trady_triton import Plan, apply_delta, apply_plan, save_delta
 from trady_triton.app.build import count_classes, load_weights, parse_options, read_tensors
-from trady_triton.app.cli_base import (
-    ImageSize,
-    ModelArgs,
-    Net,
-    Pretrained,
-    Seed,
-    Weights,
-    app,
-    note,
-    prepare,
-    reported,
-)
+from trady_triton.app.cli_base import check_file, command, note
+from trady_triton.app.cli_options import Network
 from trady_triton.app.finetune import MODEL, PLAN
 from trady_triton.delta import WHOLE
 from trady_triton.serial import written_whole
 
+TensorFile = Annotated[Path, typer.Option(callback=check_file, help="Write it here, as .safetensors.")]
 
-@app.command()
-@reported
+
+@command
 def export(
-    net: Net,
+    network: Network,
     run: Annotated[Path, typer.Option(help="Folder of a finished `trady finetune`.")],
-    out: Annotated[Path, typer.Option(help="Write the delta here, as .safetensors.")],
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    model_args: ModelArgs = None,
-    image_size: ImageSize = None,
-    seed: Seed = 0,
+    out: TensorFile,
 ) -> None:
     """Write what a run changed as a small file; name the weights and options that the run started from."""
     tuned = str(run / MODEL)
-    classes = count_classes(net, read_tensors(tuned), parse_options(model_args), image_size)
-    base = prepare(net, weights, pretrained, model_args, image_size, seed, classes)
+    base = built_for(network, read_tensors(tuned))
     model = copy.deepcopy(base)
     load_weights(model, tuned)
     if (run / PLAN).exists():
@@ -54,26 +40,25 @@ def export(
     print(f"{out}: {save_delta(out, base, model)}")
 
 
-@app.command()
-@reported
+@command
 def apply(
-    net: Net,
+    network: Network,
     delta: Annotated[Path, typer.Argument(help="A file of `trady export`.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Write the weights here, as .safetensors.")],
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    model_args: ModelArgs = None,
-    image_size: ImageSize = None,
-    seed: Seed = 0,
+    out: TensorFile,
 ) -> None:
     """Make the full weights from a delta and the weights that its run started from."""
     whole = {key.removeprefix(WHOLE): tensor for key, tensor in read_tensors(str(delta)).items()}
-    classes = count_classes(net, whole, parse_options(model_args), image_size)
-    model = prepare(net, weights, pretrained, model_args, image_size, seed, classes)
+    model = built_for(network, whole)
     apply_delta(model, delta)
     with written_whole(out) as scratch:
         save_model(model, str(scratch))
     note(f"weights written to {out}")
+
+
+def built_for(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network, with as many classes as the classifier among the tensors has."""
+    classes = count_classes(network.net, tensors, parse_options(network.model_args), network.image_size)
+    return network.build(classes)
 
 
 def check_base(base: nn.Module, model: nn.Module, plan: Plan, run: Path) -> None:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from trady_triton.app.cli_base import app, reported
+from trady_triton.app.cli_base import check_folder, command
 
 
-@app.command()
-@reported
+@command
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the plots and the numbers.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(callback=check_folder, help="Folder for the plots and the numbers.")] = Path(
+        "demo-output"
+    ),
 ) -> None:
     """Fine-tune a pretrained EfficientNet-Lite0 on handwritten digits: everything, the head, TraDy at two budgets."""
     from trady_triton.app.demo import run

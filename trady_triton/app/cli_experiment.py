@@ -11,23 +11,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trady_triton.app.cell import Record
-from trady_triton.app.cli_base import app, note, reported
+from trady_triton.app.cli_base import check_folder, command, note
+from trady_triton.app.cli_options import DataFolder
 from trady_triton.app.experiment import finished, run_grid
+from trady_triton.app.planning import pick_device
 from trady_triton.app.spec import Spec
 
 
-@app.command()
-@reported
+@command
 def experiment(
     spec: Annotated[Path, typer.Argument(help="A YAML file: nets, data, budgets, strategies, lrs, seeds, protocol.")],
-    data: Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")] = Path("."),
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-OF-THE-SPEC by default.")] = None,
+    data: DataFolder = Path("."),
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=check_folder, help="Folder of the results; runs/NAME-OF-THE-SPEC by default."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes on the CPU; on GPUs there is one for each.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; all GPUs by default, else the CPU.")] = None,
 ) -> None:
     """Run a grid of nets x data sets x budgets x strategies x seeds; what is finished is never run again."""
-    cells = list(Spec.load(spec).cells())
+    grid = Spec.load(spec)
+    grid.check_files(data)
+    cells = list(grid.cells())
     folder = out or Path("runs") / spec.stem
     if done := finished(cells, folder):
         note(f"{len(done)} of {len(cells)} cells are finished already")
@@ -49,8 +55,7 @@ def experiment(
 
 
 def _devices(name: str | None, workers: int) -> list[str]:
-    if name is None and torch.cuda.is_available():
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None:
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name == "cuda":
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [name or "cpu"] * (workers if name in (None, "cpu") else 1)
+    return [str(device)] * (workers if device.type == "cpu" else 1)

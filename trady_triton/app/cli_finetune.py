@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,66 +12,27 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from trady_triton import Ranking, choose_recompute, make_plan
-from trady_triton.app.build import check_name
+from trady_triton import Plan, Ranking
 from trady_triton.app.checkpoint import previous
-from trady_triton.app.cli_base import (
-    Budget,
-    CostModelName,
-    Coverage,
-    DgradBudget,
-    Fill,
-    ImageSize,
-    ModelArgs,
-    Net,
-    OptimizerName,
-    PoolSize,
-    Pretrained,
-    RankingFile,
-    Recompute,
-    Sampler,
-    Seed,
-    Store,
-    Weights,
-    app,
-    note,
-    prepare,
-    reported,
-    shipped_ranking,
-)
+from trady_triton.app.cli_base import check_folder, command, note
+from trady_triton.app.cli_options import Device, Network, Planning
 from trady_triton.app.data import load_data
 from trady_triton.app.finetune import CHECKPOINT, MODEL, PLAN, Interval, Run, Settings
 from trady_triton.app.loader import Batches
-from trady_triton.app.planning import load_plan, load_ranking, parse_budget_option, pick_device, rank_on
+from trady_triton.app.planning import load_plan, pick_device, rank_on
 from trady_triton.app.tables import RunBar, plan_summary
-from trady_triton.strategies import strategy
 
 
-@app.command()
-@reported
+@command
 def finetune(
-    net: Net,
+    network: Network,
     data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
-    budget: Budget = None,
+    planning: Planning,
+    plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    model_args: ModelArgs = None,
-    ranking: RankingFile = None,
-    plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
-    cost_model: CostModelName = "exact",
-    k: PoolSize = None,
-    coverage: Coverage = None,
-    sampler: Sampler = "trady",
-    dgrad_budget: DgradBudget = None,
-    fill: Fill = "stop",
-    store: Store = "same",
-    recompute: Recompute = True,
-    image_size: ImageSize = None,
-    optimizer: OptimizerName = "sgd",
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_grad_norm: Annotated[
         float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
@@ -78,71 +40,62 @@ def finetune(
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NET-METHOD by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=check_folder, help="Folder of the run; runs/NET-METHOD by default.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
     checkpoint_every: Annotated[
         str, typer.Option(help="Save inside an epoch too: steps (200), a time (10min), or never.")
     ] = "10min",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Fine-tune a network on labelled images inside a memory budget, or whole, or the head alone."""
-    folder, save_every = out or Path("runs") / f"{net}-{method}", Interval.parse(checkpoint_every)
-    check_folder(folder, resume, overwrite)
-    check_name(net)
+    folder, save_every = out or Path("runs") / f"{network.net}-{method}", Interval.parse(checkpoint_every)
+    check_run(folder, resume, overwrite)
+    check_method(method, plan, planning)
     where = pick_device(device)
     pictures = load_data(data)
-    kept = (None, False) if resume else (weights, pretrained)
-    model = prepare(net, *kept, model_args, image_size, seed, len(pictures.class_names)).to(where)
+    model = network.build(len(pictures.class_names), with_weights=not resume).to(where)
     batches = Batches.for_model(
-        pictures, model, image_size=image_size, batch_size=batch_size, seed=seed, augment=augment, workers=workers
+        pictures,
+        model,
+        image_size=network.image_size,
+        batch_size=batch_size,
+        seed=network.seed,
+        augment=augment,
+        workers=workers,
     )
     settings = Settings(
-        net=net,
+        net=network.net,
         data=data,
         method=method,
-        budget=budget,
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
         image_size=batches.image_size,
-        optimizer=optimizer,
+        optimizer=planning.optimizer,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm or None,
         warmup=warmup,
         augment=augment,
-        seed=seed,
+        seed=network.seed,
+        planning=asdict(planning),
     )
-
     chosen = None
     if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
-        chosen = load_plan(file, model, batches.image_size)
+        chosen = load_plan(file, model, batches.image_size, batch_size)
     elif method == "trady":
-        if budget is None and strategy(sampler).has_budget:
-            raise ValueError("--method trady needs --budget or --plan")
-        if strategy(sampler).is_probed or strategy(sampler).layers == "scheme":
-            raise ValueError(f"--sampler {sampler}: needs passes or a scheme of its own; `trady experiment` runs it")
-        measured = load_ranking(ranking, model, batches.image_size) if ranking else None
-        chosen = make_plan(
-            measured or shipped_ranking(model, batches.image_size) or measured_ranking(model, batches),
-            budget=None if budget is None else parse_budget_option(budget),
-            sampler=sampler,
-            dgrad_budget=dgrad_budget,
-            batch_size=batch_size,
-            cost_model=cost_model,
-            k=k,
-            coverage=coverage,
-            fill=fill,
-            store=store,
-            optimizer=optimizer,
-            seed=seed,
-        )
-        if recompute:
-            chosen = choose_recompute(chosen, model, (batch_size, 3, batches.image_size, batches.image_size))
+        chosen = new_plan(planning, model, batches)
     if chosen is not None:
         print(plan_summary(chosen))
     execute(Run(model, batches, settings, folder, chosen, save_every), resume)
+
+
+def new_plan(planning: Planning, model: nn.Module, batches: Batches) -> Plan:
+    """A plan on a ranking that is known, or else measured on the first training images."""
+    ranking = planning.known_ranking(model, batches.image_size) or measured_ranking(model, batches)
+    return planning.make(ranking, model, batches.image_size, batches.batch_size, batches.seed)
 
 
 def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Ranking:
@@ -152,8 +105,20 @@ def measured_ranking(model: nn.Module, batches: Batches, steps: int = 4) -> Rank
     return rank_on(model, batches.ranking(steps), batches.seed)
 
 
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_method(method: str, plan: str | None, planning: Planning) -> None:
+    """Raises ValueError where the options of a plan contradict each other or the method."""
+    if plan is not None and method != "trady":
+        raise ValueError(f"--plan {plan}: --method {method} follows none")
+    if plan is not None and planning.changed():
+        raise ValueError(f"--plan {plan} and {planning.changed()[0]}: the plan says that already; wanted one of them")
+    if method == "trady" and plan is None:
+        planning.check_budget("--plan", False)
+
+
+def check_run(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where a run would be lost, or there is none to go on with."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: only one of them")
     exists = any(path.exists() for path in (folder / CHECKPOINT, previous(folder / CHECKPOINT)))
     if resume and not exists:
         raise ValueError(f"{folder}: no {CHECKPOINT} to resume from")
@@ -176,7 +141,8 @@ def execute(run: Run, resume: bool) -> None:
     except KeyboardInterrupt:
         note(how_to_go_on(run))
         raise typer.Exit(130) from None
-    print(f"test accuracy {run.records[-1]['test_accuracy']:.2%}; weights in {run.out / MODEL}")
+    told = f"test accuracy {run.records[-1]['test_accuracy']:.2%}; " if run.records else ""
+    print(f"{told}weights in {run.out / MODEL}")
 
 
 def how_to_go_on(run: Run) -> str:

@@ -5,101 +5,43 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from trady_triton import Plan, choose_recompute, make_plan
-from trady_triton.app.build import input_size
-from trady_triton.app.cli_base import (
-    Budget,
-    CostModelName,
-    Coverage,
-    DgradBudget,
-    Fill,
-    ImageSize,
-    ModelArgs,
-    Net,
-    OptimizerName,
-    PoolSize,
-    Pretrained,
-    RankingFile,
-    Recompute,
-    Sampler,
-    Seed,
-    Store,
-    Weights,
-    app,
-    note,
-    prepare,
-    quick_ranking,
-    reported,
-    shipped_ranking,
-)
-from trady_triton.app.planning import describe, ledgers, load_ranking, parse_budget_option
+from trady_triton import Plan, make_plan
+from trady_triton.app.cli_base import command, note
+from trady_triton.app.cli_options import Network, OutFile, Planning, PlotFile
+from trady_triton.app.planning import describe, ledgers, rank_on_noise
 from trady_triton.app.tables import ledger_table, plan_summary, plan_table
-from trady_triton.strategies import strategy
+from trady_triton.search import EXACT
 
 
-@app.command()
-@reported
+@command
 def plan(
-    net: Net,
-    budget: Budget = None,
+    network: Network,
+    planning: Planning,
     memory: Annotated[str | None, typer.Option(help="Bytes of the whole step (2GiB), instead of --budget.")] = None,
-    image_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples whose inputs are stored at once; for bytes.")] = 1,
-    cost_model: CostModelName = "exact",
-    ranking: RankingFile = None,
-    k: PoolSize = None,
-    coverage: Coverage = None,
-    sampler: Sampler = "trady",
-    dgrad_budget: DgradBudget = None,
-    fill: Fill = "stop",
-    store: Store = "same",
-    optimizer: OptimizerName = "sgd",
-    seed: Seed = 0,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    model_args: ModelArgs = None,
-    out: Annotated[Path | None, typer.Option(help="Write the plan here, as JSON.")] = None,
+    out: OutFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
-    recompute: Recompute = True,
     ledger: Annotated[bool, typer.Option("--ledger", help="Predict the memory and FLOPs of a step.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the bytes kept for the backward into this PNG.")] = None,
+    plot: PlotFile = None,
 ) -> None:
     """Show what a memory budget buys: costs, pool, expected draws and savings."""
-    model = prepare(net, weights, pretrained, model_args, image_size, seed)
-    size = input_size(model, image_size)
-    measured = load_ranking(ranking, model, size) if ranking else shipped_ranking(model, size)
-    measured = measured or quick_ranking(model, size, 8, 4, seed)
-    if (budget is not None) + (memory is not None) != strategy(sampler).has_budget:
-        wanted = "one" if strategy(sampler).has_budget else "none"
-        raise ValueError(f"--budget and --memory: wanted {wanted} of them for --sampler {sampler}")
+    planning.check_budget("--memory", memory is not None)
+    model = network.build()
+    size = network.size(model)
+    ranking = planning.known_ranking(model, size) or rank_on_noise(model, size, seed=network.seed, say=note)
     if memory is None:
-        amount = None if budget is None else parse_budget_option(budget)
-        target: dict[str, Any] = {"budget": amount, "batch_size": batch_size}
+        made = planning.make(ranking, model, size, batch_size, network.seed)
     else:
-        target = {"memory": memory, "model": model, "input_shape": (batch_size, 3, size, size)}
-    options: dict[str, Any] = {
-        "cost_model": cost_model,
-        "k": k,
-        "coverage": coverage,
-        "sampler": sampler,
-        "dgrad_budget": dgrad_budget,
-        "fill": fill,
-        "store": store,
-        "seed": seed,
-        "optimizer": optimizer,
-    }
-    made = make_plan(measured, **target, **options)
-    if recompute and memory is None:
-        made = choose_recompute(made, model, (batch_size, 3, size, size))
+        options = planning.options(network.seed) | {"allow": EXACT if planning.recompute else ("micro_batch",)}
+        made = make_plan(ranking, memory=memory, model=model, input_shape=(batch_size, 3, size, size), **options)
     books = ledgers(model, made, size, batch_size) if ledger or plot else {}
     if as_json:
-        print(json.dumps(describe(made, net) | ({"ledger": asdict(books["trady"])} if ledger else {})))
+        print(json.dumps(describe(made, network.net) | ({"ledger": asdict(books["trady"])} if ledger else {})))
     else:
         show_plan(made)
         if ledger:
@@ -107,7 +49,7 @@ def plan(
     if plot is not None:
         from trady_triton.app.plots import plot_memory
 
-        plot_memory({method: entry.kept_by_kind for method, entry in books.items()}, plot, title=net)
+        plot_memory({method: entry.kept_by_kind for method, entry in books.items()}, plot, title=network.net)
         note(f"plot written to {plot}")
     if out is not None:
         made.save(out)

@@ -9,24 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from trady_triton.app import study as tables
-from trady_triton.app.cli_base import app, note, reported
+from trady_triton.app.cli_base import check_file, check_folder, command, note
+from trady_triton.app.cli_options import DataFolder, Device
 from trady_triton.app.experiment import read_csv, write_csv
 from trady_triton.app.planning import pick_device
 from trady_triton.app.spec import Spec
 
 
-@app.command()
-@reported
+@command
 def study(
     spec: Annotated[
         Path | None, typer.Argument(help="A grid, as for `trady experiment`; its nets, data and seeds are recorded.")
     ] = None,
-    data: Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")] = Path("."),
-    out: Annotated[Path, typer.Option(help="Folder of tables, plots and recordings.")] = Path("study"),
+    data: DataFolder = Path("."),
+    out: Annotated[Path, typer.Option(callback=check_folder, help="Folder of tables, plots and recordings.")] = Path(
+        "study"
+    ),
     results: Annotated[Path | None, typer.Option(help="results.csv of `trady experiment`, to compare.")] = None,
-    ship: Annotated[Path | None, typer.Option(help="Write the ranking of each net's first recording here.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Fill the tables of this Markdown page, between markers.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")] = None,
+    ship: Annotated[
+        Path | None, typer.Option(callback=check_folder, help="Write the ranking of each net's first recording here.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=check_file, help="Fill the tables of this Markdown page, between markers.")
+    ] = None,
+    device: Device = None,
 ) -> None:
     """Measure what the paper measures: tails, rankings of layers and channels, coverage, who beats whom.
 
@@ -37,13 +43,17 @@ def study(
     out.mkdir(parents=True, exist_ok=True)
     if spec is not None:
         grid = Spec.load(spec)
+        grid.check_files(data)
         say = lambda name, left: note(f"recorded {name}, {left} to go")  # noqa: E731
         runs = tables.record_all(grid, out, str(data), pick_device(device), say)
         _measurements(grid, runs, out)
         if ship is not None:
             tables.ship_rankings(grid, runs, ship)
     if results is not None:
-        _comparisons(read_csv(results), out)
+        rows = read_csv(results)
+        if not rows or not {"net", "strategy", "accuracy"} <= rows[0].keys():
+            raise ValueError(f"{results}: not a results.csv of `trady experiment`")
+        _comparisons(rows, out)
     if page is not None:
         from trady_triton.app.study_report import refresh
 

@@ -66,6 +66,9 @@ def load_data(source: str) -> Data:
     if not data.train.labels or not data.test.labels:
         raise ValueError(f"data {source!r}: {len(data.train.labels)} images to train on, {len(data.test.labels)} to "
                          "test on: wanted some of both")  # fmt: skip
+    if len(set(data.train.labels)) < 2:
+        raise ValueError(f"data {source!r}: one class to train on, {data.class_names[data.train.labels[0]]!r}: wanted "
+                         "two or more")  # fmt: skip
     return data
 
 

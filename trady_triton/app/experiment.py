@@ -10,6 +10,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def run_grid(
 
     Raises:
         RuntimeError: a worker died; what it was at starts anew next time.
+        ValueError: a cell cannot be run; the message names it. What is finished stays.
     """
     (out / "cells").mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells if not _file(out, cell).exists()]
@@ -96,11 +98,21 @@ def _run(
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     cell = running.pop(future)
-                    _finish(out, cell, future.result())
-                    on_cell(future.result(), len(running))
+                    row = _result(cell, future)
+                    _finish(out, cell, row)
+                    on_cell(row, len(running))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _result(cell: Cell, future: Future[Record]) -> Record:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a worker died, of too little memory perhaps; the same command goes on") from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"cell {cell.key}: {error}") from error
 
 
 def _start(names: Any, threads: int) -> None:

@@ -7,12 +7,13 @@ a checkpoint holds everything else.
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,15 @@ CHECKPOINT, LOG, MODEL, PLAN = "checkpoint.pt", "log.jsonl", "model.safetensors"
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the course of a run, plan and weights aside; a resumed run must have the same.
+    """What decides the course of a run, its first weights aside; a resumed run must have the same.
 
     `lr` is the paper's. Clipping is not in the paper, but with frozen normalisation plain SGD easily diverges without.
-    `warmup` is the share of all steps in which the learning rate rises to `lr`.
+    `warmup` is the share of all steps in which the learning rate rises to `lr`, `planning` what the plan was made of.
     """
 
     net: str
     data: str
     method: str = "trady"
-    budget: str | None = None
     epochs: int = 10
     lr: float = 0.125
     batch_size: int = 32
@@ -60,6 +60,7 @@ class Settings:
     warmup: float = 0.1
     augment: bool = False
     seed: int = 0
+    planning: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -69,8 +70,16 @@ class Settings:
         for name in ("epochs", "batch_size", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: wanted at least 1")
+        for name in ("lr", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: wanted a finite number of at least 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup}: wanted a share of the steps, from 0 to 1")
+
+    def flat(self) -> dict[str, Any]:
+        """Everything by name, the options of the plan too."""
+        return {**self.planning, **{name: value for name, value in asdict(self).items() if name != "planning"}}
 
 
 @dataclass(frozen=True)
@@ -158,13 +167,13 @@ class Run:
             ValueError: none can be read, or it is of a run with other settings.
         """
         saved = Checkpoint.load_newest(self.out / CHECKPOINT, note)
-        for name, value in asdict(self.settings).items():
+        for name, value in self.settings.flat().items():
             if (before := saved.run.get(name)) != value:
                 raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
         saved.restore(self.model, self.optimizer, self.scheduler)
         self.saved = self.epoch, self.step = saved.epoch, saved.step
         self.tally = Tally(**saved.tally)
-        self.records = read_log(self.out / LOG)[: self.epoch]
+        self.records = [record for record in read_log(self.out / LOG) if record["epoch"] < self.epoch]
 
     def train(
         self,
@@ -195,7 +204,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint."""
         progress = {"epoch": self.epoch, "step": self.step, "tally": asdict(self.tally)}
-        state = Checkpoint.take(asdict(self.settings), self.model, self.optimizer, self.scheduler, **progress)
+        state = Checkpoint.take(self.settings.flat(), self.model, self.optimizer, self.scheduler, **progress)
         state.save(self.out / CHECKPOINT)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,17 @@ def rank_on(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], seed: in
     return rank_layers(model, moved, nn.functional.cross_entropy, seed=seed)
 
 
-def rank_on_noise(model: nn.Module, image_size: int, *, batch_size: int = 8, steps: int = 4, seed: int = 0) -> Ranking:
-    """A first ranking without data: noise for images, random labels."""
+def rank_on_noise(
+    model: nn.Module,
+    image_size: int,
+    *,
+    batch_size: int = 8,
+    steps: int = 4,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Ranking:
+    """A first ranking without data: noise for images, random labels; and a word about it to `say`."""
+    say(f"no data or ranking given: a quick ranking on {steps} x {batch_size} random images and labels, seed {seed}")
     classes: Any = getattr(model, "num_classes", 0) or model.num_features
     return rank_on(model, random_batches(image_size, classes, batch_size=batch_size, steps=steps, seed=seed), seed)
 
@@ -38,9 +47,12 @@ def load_ranking(path: str, model: nn.Module, image_size: int) -> Ranking:
     return ranking
 
 
-def load_plan(path: str, model: nn.Module, image_size: int) -> Plan:
-    """Read a plan and check that it was made for this model at this image size; raises as `load_ranking`."""
+def load_plan(path: str, model: nn.Module, image_size: int, batch_size: int = 1) -> Plan:
+    """Read a plan and check that it was made for this model, image size and batch; raises as `load_ranking`."""
     plan = Plan.load(path)
+    if plan.cost.unit == "bytes" and plan.micro_batch is None and batch_size > plan.cost.batch_size:
+        raise ValueError(f"{path}: counts the bytes of {plan.cost.batch_size} samples, a batch of {batch_size} would "
+                         "keep more: plan with that --batch-size")  # fmt: skip
     check_shapes(path, plan.shapes, model, image_size)
     return plan
 
@@ -106,7 +118,12 @@ def describe(plan: Plan, net: str) -> dict[str, Any]:
 def ledgers(model: nn.Module, plan: Plan, image_size: int, batch_size: int) -> dict[str, Ledger]:
     """What a training step is predicted to take: fine-tuning of everything, and under the plan in epoch 0."""
     shape = (batch_size, 3, image_size, image_size)
-    return {"full": ledger(model, None, shape), "trady": ledger(model, plan, shape)}
+    try:
+        return {"full": ledger(model, None, shape), "trady": ledger(model, plan, shape)}
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(f"--batch-size {batch_size}: BatchNorm of full fine-tuning wants more samples") from error
 
 
 def smallest_budget(plan: Plan) -> tuple[str, int]:
@@ -138,7 +155,7 @@ def pick_device(name: str | None) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name!r}: {error}") from error
     return device

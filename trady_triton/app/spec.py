@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 
+from trady_triton.app.build import check_name
+from trady_triton.budget import parse_budget
 from trady_triton.models.schemes import scheme_of_budget
+from trady_triton.plan import make_plan
 from trady_triton.strategies import strategy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,11 @@ class DataSet:
     file: str
     train_per_class: int | None = None
     test_per_class: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train_per_class", "test_per_class"):
+            if (count := getattr(self, name)) is not None:
+                _check_count(name, count)
 
     @property
     def name(self) -> str:
@@ -63,6 +76,10 @@ class Protocol:
     batch_size: int = 32
     max_grad_norm: float | None = None
     test_every: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("epochs", self.epochs)
+        _check_count("batch_size", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -109,22 +126,19 @@ class Spec:
             content = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML ({error})") from error
-        wanted = {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or set(content) != wanted:
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path}: wanted the entries {', '.join(sorted(wanted))}; found {found}")
         try:
-            return cls(
-                nets=tuple(Net(**entry) for entry in content["nets"]),
-                data=tuple(DataSet(**entry) for entry in content["data"]),
-                budgets=tuple(content["budgets"]),
-                strategies=tuple(_method(entry) for entry in content["strategies"]),
-                seeds=tuple(content["seeds"]),
-                lrs=tuple(float(value) for value in content["lrs"]),
-                protocol=Protocol(**content["protocol"]),
-            )
-        except (TypeError, KeyError) as error:
+            return _entry(cls, content, nets=_nets, data=_data, budgets=_budgets, strategies=_methods,
+                          seeds=_seeds, lrs=_lrs, protocol=partial(_entry, Protocol))  # fmt: skip
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def check_files(self, folder: Path) -> None:
+        """Raises FileNotFoundError, before anything is trained, where a file that the grid names is not in `folder`."""
+        files = [file for net in self.nets for file in (net.weights, net.ranking) if file]
+        files += [data.file for data in self.data if data.file != "digits"]
+        for file in files:
+            if not (folder / file).exists():
+                raise FileNotFoundError(f"{folder / file}: no such file; --data names the folder of the grid's files")
 
     def cells(self) -> Iterator[Cell]:
         """Every run, seed by seed, so that a part of the grid is a whole comparison; each once.
@@ -142,11 +156,70 @@ class Spec:
                     yield Cell(net, data, budget, method, method.lr or lr, seed, self.protocol)
 
 
+def _entry(kind: type[T], content: Any, **readers: Callable[[Any], Any]) -> T:
+    """An object from a mapping of its fields, some of them read by a function of their own.
+
+    Raises:
+        ValueError: no mapping, a field is missing or unknown, or one is of the wrong kind.
+    """
+    names = [own.name for own in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind.__name__} {content!r}: wanted entries {', '.join(names)}")
+    needed = [own.name for own in fields(kind) if own.default is MISSING and own.default_factory is MISSING]  # type: ignore[arg-type]
+    strange = [f"{name!r} is unknown" for name in content if name not in names]
+    strange += [f"{name!r} is missing" for name in needed if name not in content]
+    if strange:
+        raise ValueError(f"{kind.__name__}: {strange[0]}; wanted entries {', '.join(names)}")
+    return kind(**{name: readers[name](value) if name in readers else value for name, value in content.items()})
+
+
+def _each(name: str, read: Callable[[Any], T], content: Any) -> tuple[T, ...]:
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{name} {content!r}: wanted a list of at least one")
+    return tuple(read(entry) for entry in content)
+
+
 def _method(entry: Any) -> Method:
-    if isinstance(entry, str):
-        strategy(entry)
-        return Method(entry, entry)
-    options = dict(entry)
-    name, sampler = options.pop("name"), options.pop("sampler")
+    options = dict(entry) if isinstance(entry, dict) else {"name": entry, "sampler": entry}
+    if not {"name", "sampler"} <= options.keys():
+        raise ValueError(f"strategy {entry!r}: wanted a name, or name, sampler, and more for make_plan")
+    name, sampler, lr = options.pop("name"), options.pop("sampler"), options.pop("lr", None)
     strategy(sampler)
-    return Method(name, sampler, options.pop("lr", None), options)
+    unknown = options.keys() - inspect.signature(make_plan).parameters.keys()
+    if unknown:
+        raise ValueError(f"strategy {name!r}: make_plan has no option {min(unknown)!r}")
+    return Method(name, sampler, None if lr is None else _lr(lr), options)
+
+
+def _net(entry: Any) -> Net:
+    net = _entry(Net, entry)
+    check_name(net.name)
+    return net
+
+
+def _budget(entry: Any) -> int | str:
+    parse_budget(entry)
+    budget: int | str = entry
+    return budget
+
+
+def _seed(entry: Any) -> int:
+    if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
+        raise ValueError(f"seed {entry!r}: wanted an integer of at least 0")
+    return entry
+
+
+def _lr(entry: Any) -> float:
+    if isinstance(entry, bool) or not isinstance(entry, int | float) or not 0 <= entry < math.inf:
+        raise ValueError(f"lr {entry!r}: wanted a finite number of at least 0")
+    return float(entry)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} {value!r}: wanted an integer of at least 1")
+
+
+_nets, _data = partial(_each, "nets", _net), partial(_each, "data", partial(_entry, DataSet))
+_budgets, _methods = partial(_each, "budgets", _budget), partial(_each, "strategies", _method)
+_seeds, _lrs = partial(_each, "seeds", _seed), partial(_each, "lrs", _lr)
