@@ -14,6 +14,7 @@ from trady_triton.ops.select_config import (
     Arch,
     Config,
     select_config,
+    split_count,
     table_key,
 )
 
@@ -47,11 +48,21 @@ def test_token_wgrad_stays_within_its_limits():
         assert 128 % BK == 0, "a tile of tokens lies in one group of a quantised store"
 
 
-def test_token_wgrad_splits_write_less_than_half_of_what_they_read():
-    for shape, dtype, arch in random_shapes(10_000):
-        split = select_config("token_wgrad", shape, dtype, arch).split
-        written_and_read = 2 * 4 * split * shape["K"] * shape["O"]
-        assert split == 1 or written_and_read <= shape["T"] * shape["O"] * dtype.itemsize / 2
+@pytest.mark.parametrize(
+    ("programs", "steps", "partial_bytes", "split"),
+    [
+        (4, 98, 1 << 18, 20),  # few programs: parts of 5 steps
+        (32, 98, 884_736, 4),  # one round of the device
+        (12, 394, 1 << 18, 11),
+        (132, 98, 1 << 18, 1),  # the device is full
+        (100, 98, 1 << 16, 1),  # a second round would be half empty
+        (4, 98, 1 << 21, 4),  # what fits the workspace
+        (4, 7, 1 << 10, 1),  # a part has 4 steps at least
+        (4, 10_000, 1 << 24, 1),  # more than the workspace
+    ],
+)
+def test_a_sum_is_cut_so_that_the_device_is_busy(programs, steps, partial_bytes, split):
+    assert split_count(programs, steps, 2 * 64 * (128 + 128), partial_bytes, slots=132) == split
 
 
 def test_token_wgrad_reads_dy_once_for_as_many_channels_as_registers_allow():

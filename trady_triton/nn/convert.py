@@ -19,7 +19,6 @@ from trady_triton.registry import lean_type
 from trady_triton.slot import ChannelSlot, Pool, attach_pool, detach_pool
 
 
-
 @dataclass(frozen=True)
 class AppliedPlan:
     """What apply_plan leaves on the model, as attribute `trady`: the plan, and what remove_plan must bring back."""

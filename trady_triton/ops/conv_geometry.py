@@ -1,4 +1,4 @@
-"""What the weight gradients of all convolutions share on the host: strides of dy, padding of the torch twin, splits.
+"""What the weight gradients of all convolutions share on the host: strides of dy, padding of the torch twin.
 
 N images, O out, H x W input pixels, P x Q output pixels, R x S taps.
 """
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES, Arch
 from trady_triton.ops.token_layout import token_layout
 
 
@@ -69,17 +68,3 @@ def fit_padding(
 def upcast(x: torch.Tensor) -> torch.Tensor:
     """x in fp32 where torch would accumulate in less: half precision on the CPU."""
     return x.float() if x.dtype.itemsize < 4 and not x.is_cuda else x
-
-
-def split_count(programs: int, steps: int, partial_bytes: int, dy_bytes: int, waves: int, arch: Arch) -> int:
-    """How many parts to cut the sum over pixels into: fill the device `waves` times for little more traffic.
-
-    At least 4 steps a part; partials fit the workspace, and written and read again cost at most half the bytes of dy.
-    """
-    most = (
-        waves * arch.num_sms // programs,
-        steps // 4,
-        MAX_WORKSPACE_BYTES // partial_bytes,
-        dy_bytes // (4 * partial_bytes),
-    )
-    return max(1, min(most))

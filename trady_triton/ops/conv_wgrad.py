@@ -22,12 +22,12 @@ from trady_triton.ops.conv_geometry import (
     fits_kernel,
     image_strides,
     in_place,
-    split_count,
     upcast,
 )
 from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
-from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config, split_count
+from trady_triton.ops.splitk_reduce import splitk_reduce_launch
 from trady_triton.ops.store import padded
 from trady_triton.ops.tile import dot_precision, tile_dot
 from trady_triton.ops.workspace import workspace
@@ -71,21 +71,6 @@ def _conv_wgrad_kernel(
         offs = (j * (O * TAPS) + tap)[:, None] + (o * TAPS)[None, :]
     keep = ((m < TAPS * Kp) & (j < K))[:, None] & (o < O)[None, :]
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=keep)
-
-
-@jit(do_not_specialize=["SPLITS"])
-def _reduce_taps_kernel(
-    partials_ptr, out_ptr, n, SPLITS, TAPS: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr
-):  # partials [SPLITS, TAPS, n] -> out [n, TAPS]
-    offs = tl.program_id(0) * BN + tl.arange(0, BN)
-    tap = tl.program_id(1)
-    acc = tl.zeros([BS, BN], tl.float32)
-    for s0 in range(0, SPLITS, BS):
-        s = s0 + tl.arange(0, BS)
-        tile = partials_ptr + (s.to(tl.int64) * TAPS + tap)[:, None] * n + offs[None, :]
-        acc += tl.load(tile, mask=(s < SPLITS)[:, None] & (offs < n)[None, :], other=0.0)
-    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs * TAPS + tap, total, mask=offs < n)
 
 
 def conv_wgrad_ref(
@@ -132,8 +117,9 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     BN = min(max(next_power_of_2(O), 16), 32 if shape["PQ"] % 4 else 64)
     BK = 32 if dtype == torch.float32 else 64
     programs = ceil_div(rows, BM) * ceil_div(O, BN)
-    partial_bytes = 4 * taps * shape["K"] * O
-    split = split_count(programs, ceil_div(T, BK), partial_bytes, dtype.itemsize * T * O, 1 if BM == 256 else 2, arch)
+    slots = (1 if BM == 256 else 2) * arch.num_sms
+    step_bytes = dtype.itemsize * BK * (BM + BN)
+    split = split_count(programs, ceil_div(T, BK), step_bytes, 4 * taps * shape["K"] * O, slots)
     return Config(
         {"BM": BM, "BN": BN, "BK": BK},
         num_warps=8 if BM >= 128 else 4,
@@ -141,13 +127,6 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
         split=split,
         backend="mm" if shape["K"] > 256 or dtype == torch.float32 else "triton",
     )
-
-
-@rule("reduce_taps")
-def _reduce_rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """Few elements: spread one element's splits over many rows, so that enough loads are in flight."""
-    meta = {"BS": 32, "BN": 64} if shape["n"] * shape["TAPS"] < 256 * arch.num_sms else {"BS": 4, "BN": 512}
-    return Config(meta, num_warps=4, num_stages=2)
 
 
 def _launch(
@@ -167,15 +146,6 @@ def _launch(
         DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel, PARTIAL=config.split > 1,
         PREC=dot_precision(x.dtype), UP=INTERPRET,
     )  # fmt: skip
-
-
-def _reduce(partials: torch.Tensor, out: torch.Tensor, taps: int) -> torch.Tensor:
-    """Sum partials [splits, TAPS, K, O] in a fixed order into out [K, O, R, S]."""
-    n, splits = out.numel() // taps, partials.shape[0]
-    config = select_config("reduce_taps", {"n": n, "TAPS": taps, "S": splits}, out.dtype, Arch.of(out.device))
-    grid = (ceil_div(n, config.meta["BN"]), taps)
-    launch(_reduce_taps_kernel, grid, partials, out, n, splits, config=config, TAPS=taps)
-    return out
 
 
 def conv_config(dy: torch.Tensor, k: int, kernel_size: Sequence[int]) -> Config:
@@ -204,7 +174,7 @@ def conv_wgrad_impl(
         return out
     partials = workspace(dy.device, config.split * out.numel()).view(config.split, taps, k, O)
     _launch(x, dy, partials, k, config, *geometry)
-    return _reduce(partials, out, taps)
+    return splitk_reduce_launch(out, partials, taps=taps)
 
 
 def _fake(

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_triton.ops.conv_geometry import ceil_div, image_strides, split_count
+from trady_triton.ops.conv_geometry import ceil_div, image_strides
 from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl
-from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, split_count
 from trady_triton.ops.tile import dot_precision, tile_dot
 
 MAX_COLUMNS = 256
@@ -99,8 +99,8 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     RB = max(1, min(next_power_of_2(shape["R"]), (32 if dtype == torch.float32 else MAX_COLUMNS) // BW))
     programs = shape["ROWS"] * ceil_div(shape["R"], RB)
     steps = ceil_div(shape["N"] * shape["P"] * ceil_div(shape["Q"], BQ), BK)
-    dy_bytes = dtype.itemsize * shape["ROWS"] * shape["N"] * shape["P"] * shape["Q"]
-    split = split_count(programs, steps, 4 * shape["ROWS"] * shape["R"] * shape["S"], dy_bytes, 4, arch)
+    step_bytes = dtype.itemsize * BK * (BQ + RB * BW)
+    split = split_count(programs, steps, step_bytes, 4 * shape["ROWS"] * shape["R"] * shape["S"], 4 * arch.num_sms)
     meta = {"RB": RB, "BQ": BQ, "BW": BW, "BACK": back, "BK": BK}
     return Config(meta, num_warps=4, num_stages=2 if arch.hip else 3, split=split)
 

@@ -101,10 +101,11 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     return Config({"BJ": 8 if shape["K"] <= 8 else 16, "BT": 128}, num_stages=1)
 
 
-def _dequantize(
+def dequantize_impl(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: str, bits: int, size: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
+    """The op, for callers that are inside one already."""
     if not use_triton(codes):
         return dequantize_channels_ref(codes, scale, zero, layout, bits, size, dtype)
     out = empty_store(codes, size, layout, dtype)
@@ -131,7 +132,7 @@ def _fake(
 _op = register_op(
     "dequantize_channels(Tensor codes, Tensor scale, Tensor zero, str layout, int bits, SymInt[] size, "
     "ScalarType dtype) -> Tensor",
-    _dequantize,
+    dequantize_impl,
     _fake,
 )
 

@@ -21,14 +21,13 @@ from trady_triton.ops.conv_geometry import (
     fits_kernel,
     image_strides,
     in_place,
-    split_count,
     upcast,
 )
 from trady_triton.ops.depthwise_wgrad import depthwise_shape, depthwise_wgrad_launch, dequantize_tile
 from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.quantize import dequantize_channels_ref, quantized_bytes
-from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config
+from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config, split_count
 from trady_triton.ops.splitk_reduce import splitk_reduce_launch
 from trady_triton.ops.tile import dot_precision, tile_dot
 from trady_triton.ops.workspace import workspace
@@ -112,7 +111,8 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     BN = min(max(next_power_of_2(M), 16), 64)
     BK = 32 if dtype == torch.float32 or BM == 64 else 64
     programs = K * ceil_div(taps, BM) * ceil_div(M, BN)
-    split = split_count(programs, ceil_div(T, BK), 4 * K * M * taps, dtype.itemsize * K * M * T, 4, arch)
+    step_bytes = dtype.itemsize * BK * (BM + BN)
+    split = split_count(programs, ceil_div(T, BK), step_bytes, 4 * K * M * taps, 4 * arch.num_sms)
     stages = 2 if arch.hip else 3
     return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=4, num_stages=stages, split=split)
 

@@ -1,6 +1,6 @@
 """Second pass of a two-pass reduction: sum the partial results of all splits in a fixed order.
 
-S splits, n elements.
+S splits, n elements of each of R x S kernel taps (one tap where there is no kernel).
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_con
 
 @jit(do_not_specialize=["S"])
 def _splitk_reduce_kernel(
-    partials_ptr, out_ptr, n, S, ACCUMULATE: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr
-):  # partials [S, n] -> out [n]
+    partials_ptr, out_ptr, n, S, TAPS: tl.constexpr, ACCUMULATE: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr
+):  # partials [S, TAPS, n] -> out [n, TAPS]
     offs = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    tap = tl.program_id(1)
     inside = offs < n
+    out = out_ptr + offs * TAPS + tap
     acc = tl.zeros([BS, BN], tl.float32)
     for s0 in range(0, S, BS):
         s = s0 + tl.arange(0, BS)
-        tile = partials_ptr + s.to(tl.int64)[:, None] * n + offs[None, :]
+        tile = partials_ptr + (s.to(tl.int64) * TAPS + tap)[:, None] * n + offs[None, :]
         acc += tl.load(tile, mask=(s < S)[:, None] & inside[None, :], other=0.0)
     total = tl.sum(acc, axis=0)
     if ACCUMULATE:
-        total += tl.load(out_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
+        total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def splitk_reduce_ref_(out: torch.Tensor, partials: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
@@ -38,24 +40,31 @@ def splitk_reduce_ref_(out: torch.Tensor, partials: torch.Tensor, accumulate: bo
 @rule("splitk_reduce")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """Few elements: spread one element's splits over many rows, so that enough programs and loads are in flight."""
-    meta = {"BS": 32, "BN": 64} if shape["n"] < 64 * 4 * arch.num_sms else {"BS": 4, "BN": 512}
+    few = shape["n"] * shape["TAPS"] < 64 * 4 * arch.num_sms
+    meta = {"BS": 32, "BN": 64} if few else {"BS": 4, "BN": 512}
     return Config(meta, num_warps=4, num_stages=2)
 
 
-def splitk_reduce_launch(out: torch.Tensor, partials: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """`splitk_reduce_` for callers that are inside an op already: no dispatch, no checks."""
-    if not use_triton(out):
-        return splitk_reduce_ref_(out, partials, accumulate)
-    n, S = out.numel(), partials.shape[0]
+def splitk_reduce_launch(
+    out: torch.Tensor, partials: torch.Tensor, accumulate: bool = False, taps: int = 1
+) -> torch.Tensor:
+    """The kernel of `splitk_reduce_`, for callers that are inside an op already: no dispatch, no checks.
+
+    Of more than one tap the partials are [S, taps, n] and out is [n, taps].
+    """
+    n, S = out.numel() // taps, partials.shape[0]
     if n:
-        config = select_config("splitk_reduce", {"n": n, "S": S}, out.dtype, Arch.of(out.device))
-        grid = (-(-n // config.meta["BN"]),)
-        launch(_splitk_reduce_kernel, grid, partials, out, n, S, config=config, ACCUMULATE=accumulate)
+        config = select_config("splitk_reduce", {"n": n, "S": S, "TAPS": taps}, out.dtype, Arch.of(out.device))
+        grid = (-(-n // config.meta["BN"]), taps)
+        launch(_splitk_reduce_kernel, grid, partials, out, n, S, config=config, TAPS=taps, ACCUMULATE=accumulate)
     return out
 
 
 def _impl(out: torch.Tensor, partials: torch.Tensor, accumulate: bool) -> None:
-    splitk_reduce_launch(out, partials, accumulate)
+    if use_triton(out):
+        splitk_reduce_launch(out, partials, accumulate)
+    else:
+        splitk_reduce_ref_(out, partials, accumulate)
 
 
 def _fake(out: torch.Tensor, partials: torch.Tensor, accumulate: bool) -> None:

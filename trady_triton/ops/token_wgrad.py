@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from trady_triton.ops.dequantize import GROUP, dequantize_channels_ref
+from trady_triton.ops.dequantize import GROUP, dequantize_channels_ref, dequantize_impl
 from trady_triton.ops.dispatch import INTERPRET, deterministic, jit, launch, takes_library, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.quantize import quantized_bytes
@@ -23,6 +23,7 @@ from trady_triton.ops.select_config import (
     next_power_of_2,
     rule,
     select_config,
+    split_count,
 )
 from trady_triton.ops.splitk_reduce import splitk_reduce_launch
 from trady_triton.ops.tile import dot_precision, load_tokens, tile_dot
@@ -155,7 +156,7 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 
 @rule("token_wgrad")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """One pass over dy where K allows it; as many splits of T as fill the device once, for little more traffic.
+    """One pass over dy where K allows it; as many splits of T as fill the device for little more traffic.
 
     More than 256 channels are bound by arithmetic, and fp32 has no fast transposed operand: cuBLAS is better there,
     unless planes of small images make many small products of it.
@@ -163,18 +164,13 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     tiles = _tiles(shape, dtype, arch)
     T, O, K = shape["T"], shape["O"], shape["K"]
     BM, BN, BK = (tiles.meta[name] for name in ("BM", "BN", "BK"))
-    programs = -(-K // BM) * -(-O // BN)
-    waves = 2 if BM <= 64 else 1
-    most = (
-        waves * arch.num_sms // programs,
-        T // (4 * BK),
-        MAX_WORKSPACE_BYTES // (4 * K * O),
-        T * dtype.itemsize // (16 * K),  # partials written and read again: at most half of the bytes of dy
-    )
+    slots = (2 if BM <= 64 else 1) * arch.num_sms
+    step_bytes = BK * (BM * (shape["bits"] or 8 * dtype.itemsize) // 8 + BN * dtype.itemsize)
+    split = split_count(-(-K // BM) * -(-O // BN), T // BK, step_bytes, 4 * K * O, slots)
     images_at_once = max(1, MAX_WORKSPACE_BYTES // (4 * K * O))
     products = 1 if shape["PQ"] == 1 else T / shape["PQ"] / images_at_once
     mm = (K > 256 or dtype == torch.float32) and products <= 8
-    return replace(tiles, split=max(1, min(most)), backend="mm" if mm else "triton")
+    return replace(tiles, split=split, backend="mm" if mm else "triton")
 
 
 class _Operands(NamedTuple):
@@ -234,6 +230,9 @@ def _impl(
         if not takes_library(config):
             operands = _Operands(store, dy, scale, zero, bits, layout, M)
             return _run(operands, out_dtype, two_pass or deterministic(False), config)
+        if scale is not None and zero is not None:  # by the kernel, not the twin
+            size = store.shape[0], layout.T
+            store, scale, zero = dequantize_impl(store, scale, zero, "tokens", bits, size, dy.dtype), None, None
     return token_wgrad_ref(
         store, dy, channel_dim, scale=scale, zero=zero, bits=bits, out_dtype=out_dtype, ones_row=ones_row
     )

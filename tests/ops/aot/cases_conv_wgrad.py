@@ -3,7 +3,7 @@
 import torch
 from harness import Case
 
-from trady_triton.ops.conv_wgrad import _conv_wgrad_kernel, _reduce_taps_kernel
+from trady_triton.ops.conv_wgrad import _conv_wgrad_kernel
 from trady_triton.ops.select_config import Arch, select_config
 
 SM_90 = Arch("sm_90")
@@ -42,23 +42,9 @@ def case(size, K, layout, *, kernel=3, stride=1, partial=True):
     )
 
 
-def reduce_case(n):
-    config = select_config("reduce_taps", {"n": n, "TAPS": 9, "S": 32}, torch.float32, SM_90)
-    return Case(
-        f"reduce_taps {config.meta['BS']}x{config.meta['BN']}",
-        _reduce_taps_kernel,
-        {"partials_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "SPLITS": "i32"},
-        {"TAPS": 9, **config.meta},
-        aligned=("partials_ptr", "out_ptr", "n"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
 CASES = [case(size, K, "nchw") for size in (56, 28, 14, 7) for K in (8, 32)]
 CASES += [case(size, K, "nhwc") for size in (56, 14, 7) for K in (8, 32)]
 CASES += [case(14, K, layout, partial=False) for K in (8, 32) for layout in ("nchw", "nhwc")]
 CASES += [case(56, 8, layout, kernel=3, stride=2) for layout in ("nchw", "nhwc")]
 CASES += [case(56, 8, layout, kernel=2, stride=2) for layout in ("nchw", "nhwc")]
 CASES += [case(224, 3, layout, kernel=7, stride=2) for layout in ("nchw", "nhwc")]
-CASES += [reduce_case(512), reduce_case(65536)]

@@ -126,7 +126,7 @@ STEPS = [
     Step("efficientnet_b0", 4, 64, "1MiB", autocast=torch.float16, policy=Policy(activations=8)),
     Step("resnet50", 128, 224, "256MiB", autocast=BF16, channels_last=True),
     Step("vit_base_patch16_224", 128, 224, "512MiB", autocast=BF16),
-    Step("resnet18", 768, 384, "4GiB", autocast=BF16),  # activations of more than 2^31 elements
+    Step("resnet18", 1024, 384, "4GiB", autocast=BF16),  # activations of more than 2^31 elements
 ]  # fmt: skip
 VARIANTS = {}  # variant -> the first step that asked for it
 
