@@ -260,6 +260,16 @@ def test_layers_of_a_plan_for_another_model_are_named_and_nothing_changes():
         apply_plan(net, plan)
 
 
+def test_what_is_no_model_or_no_plan_is_told():
+    net = toy_net()
+    plan = toy_plan(net)
+    for model, own, message in ((plan, net, "model of type Plan"), (net, None, "plan of type NoneType: wanted a Plan")):
+        with pytest.raises(TypeError, match=message):
+            apply_plan(model, own)
+    with pytest.raises(ValueError, match=r"give the model itself, which this one wraps as \.module"):
+        apply_plan(nn.DataParallel(net), plan)
+
+
 def test_subclasses_with_another_forward_are_neither_ranked_nor_swapped():
     net = timm.create_model("nf_resnet26", num_classes=4).eval()
     batch = (torch.randn(1, 3, 64, 64), torch.tensor([1]))

@@ -184,6 +184,20 @@ def test_user_mistakes_are_named():
         rank_layers(net, toy_batches(), F.cross_entropy, head=["haed"])
     with pytest.raises(TypeError, match="str"):
         rank_layers(net, [("x", torch.zeros(1))], F.cross_entropy)
+    with pytest.raises(TypeError, match="model of type str: wanted a Module"):
+        rank_layers("resnet50", toy_batches(), F.cross_entropy)
+    with pytest.raises(TypeError, match=r"head 'head': wanted a sequence of module names, such as \['head'\]"):
+        rank_layers(net, toy_batches(), F.cross_entropy, head="head")
+    x, y = toy_batches()[0]
+    for batches, found in (((x, y), "Tensor"), ([(x,)], "tuple of length 1"), ([[x, y, y]], "list of length 3")):
+        with pytest.raises(ValueError, match=f"a batch is a {found}: wanted an iterable of .input, target. pairs"):
+            rank_layers(net, batches, F.cross_entropy)
+    with pytest.raises(ValueError, match=r"loss_fn returned a tensor of shape \(\d+,\): wanted a scalar"):
+        rank_layers(net, [(x, y)], lambda output, target: output[:, 0])
+    with pytest.raises(ValueError, match="loss_fn returned a float"):
+        rank_layers(net, [(x, y)], lambda output, target: 0.5)
+    with pytest.raises(ValueError, match="without gradient"):
+        rank_layers(net, [(x, y)], lambda output, target: output.sum().detach())
     with pytest.raises(ValueError, match="not finite"):
         rank_layers(net, toy_batches(), lambda output, target: output.sum() * float("nan"))
     with pytest.raises(ValueError, match="every gradient norm is 0"):

@@ -17,6 +17,31 @@ def call(model: nn.Module, inputs: Batch) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Input and target of a batch as loaders give it: two in a tuple or list; a mapping is both at once.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(batch, Mapping):
+        return batch, batch
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise ValueError(f"a batch is a {type(batch).__name__}{size}: wanted an iterable of (input, target) pairs, or of "
+                     "mappings")  # fmt: skip
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ValueError unless the loss is one number with a gradient."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"loss_fn returned {found}: wanted a scalar tensor, such as a mean over the samples")
+    if not loss.requires_grad:
+        raise ValueError("loss_fn returned a tensor without gradient: it does not depend on what is trained, or was "
+                         "detached")  # fmt: skip
+
+
 def tensors(batch: Batch) -> list[Tensor]:
     """The tensors of a batch.
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trady_triton.arguments import expect
 from trady_triton.ranking import find_head
 from trady_triton.serial import written_whole
 
@@ -56,6 +57,7 @@ def save_delta(path: str | os.PathLike[str], base: nn.Module | Mapping[str, Tens
     Raises:
         ValueError: outside the head the two differ in more than values. Nothing is written then.
     """
+    expect("model", model, nn.Module)
     before = base.state_dict() if isinstance(base, nn.Module) else base
     after = model.state_dict()
     plan = getattr(getattr(model, "trady", None), "plan", None)

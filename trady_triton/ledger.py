@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trady_triton.arguments import expect
 from trady_triton.batch import Batch, Shape, num_samples, tensors
 from trady_triton.meters import OUTSIDE, FlopsByKind, KeptBytes, peak_memory, storage_bytes
 from trady_triton.plan import Plan
@@ -153,6 +154,9 @@ def ledger(
     Raises:
         ValueError: the plan was made for another model, or cannot draw without scores.
     """
+    expect("model", model, nn.Module)
+    if plan is not None:
+        expect("plan", plan, Plan)
     if micro_batch is None and plan is not None:
         micro_batch = plan.micro_batch
     channels = plan.sample(epoch, scores) if plan else {}
@@ -188,6 +192,8 @@ def measure(
     Raises:
         RuntimeError: there are gradients, which the measurement would spoil.
     """
+    expect("model", model, nn.Module)
+    expect("optimizer", optimizer, Optimizer)
     if micro_batch is None:
         micro_batch = getattr(getattr(optimizer, "plan", None), "micro_batch", None)
     step = Step(inputs, target, loss_fn, autocast, micro_batch)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady_triton.batch import Batch, call, device_of, num_samples, split
+from trady_triton.batch import Batch, call, check_loss, device_of, num_samples, split
 
 
 def backward_in_parts(
@@ -33,7 +33,7 @@ def backward_in_parts(
         the loss of the whole batch, detached.
 
     Raises:
-        ValueError: `micro_batch` is no positive integer, or the batch is empty.
+        ValueError: `micro_batch` is no positive integer, the batch is empty, or the loss no scalar.
     """
     size = num_samples(inputs)
     if size == 0:
@@ -43,6 +43,7 @@ def backward_in_parts(
     for x, y in zip(*(split(batch, micro_batch or size) for batch in (inputs, target)), strict=True):
         with casts(device_of(x), autocast):
             loss = loss_fn(call(model, x), y)
+        check_loss(loss)
         part = num_samples(x)
         loss = loss if part == size else loss * (part / size)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -58,5 +59,5 @@ def casts(device: torch.device, autocast: torch.dtype | None) -> AbstractContext
 
 def check_micro_batch(micro_batch: int | None) -> None:
     """Raises ValueError unless it is None or a positive integer."""
-    if micro_batch is not None and (isinstance(micro_batch, bool) or not micro_batch >= 1):
+    if micro_batch is not None and (isinstance(micro_batch, bool | float) or not micro_batch >= 1):
         raise ValueError(f"micro_batch {micro_batch!r}: wanted None or an integer of at least 1")

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 
+from trady_triton.arguments import expect
 from trady_triton.budget import check_fits, check_ratios, read_budget, settled_budget
 from trady_triton.cost import OPTIMIZER_STATES, STORE_BITS, CostModel, LayerShape
 from trady_triton.policy import Policy
@@ -134,6 +135,8 @@ class Plan:
 
         Known before training. Samplers that learn scores while they train draw as in their first epoch, unless given.
         """
+        if epochs < 1:
+            raise ValueError(f"epochs {epochs!r}: wanted an integer of at least 1")
         draws = [self._draw(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
         used, dgrad = [self.used(draw) for draw in draws], [self._dgrad_flops(draw) for draw in draws]
         return mean_savings(self.shapes, draws, used, dgrad, epochs)
@@ -310,6 +313,9 @@ def make_plan(
     Raises:
         ValueError: an option out of its range, an unknown layer name, or a budget that no channel of the pool fits.
     """
+    expect("policy", policy, Policy)
+    expect("dtype", dtype, torch.dtype)
+    expect("activation_dtype", activation_dtype or dtype, torch.dtype)
     if fill not in FILLS:
         raise ValueError(f"fill {fill!r}: wanted one of {', '.join(FILLS)}")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trady_triton import plan as plans
+from trady_triton.arguments import expect
 from trady_triton.batch import Shape
 from trady_triton.plan import Plan
 from trady_triton.ranking import Ranking
@@ -48,6 +49,7 @@ def make_plan(
     """
     if ranking is None:
         ranking = _shipped(model, input_shape)
+    expect("ranking", ranking, Ranking, "which rank_layers measures and Ranking.load reads")
     if budget is not None and memory is not None:
         raise ValueError(f"budget {budget!r} and memory {memory!r}: wanted one of them")
     if memory is None:
@@ -71,6 +73,7 @@ def _shipped(model: nn.Module | None, input_shape: Shape | None) -> Ranking:
     """
     if model is None:
         raise ValueError("ranking None: wanted what rank_layers measured, or the model, for which one may be shipped")
+    expect("model", model, nn.Module)
     size = input_shape[-1] if isinstance(input_shape, tuple | list) else None
     for provider in entry_points(group="trady_triton.rankings"):
         ranking: Ranking | None = provider.load()(model, size)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trady_triton.batch import call, num_samples
+from trady_triton.arguments import expect
+from trady_triton.batch import call, check_loss, num_samples, pair
 from trady_triton.cost import CostModel, LayerShape, measure_call
 from trady_triton.registry import lean_type
 from trady_triton.serial import read_json, write_json
@@ -139,9 +140,13 @@ def rank_layers(
         seed: of the random state during the measurement, for losses or layers that draw.
 
     Raises:
-        ValueError: no batches, no layer that could be ranked, an unknown head, a norm that is not finite, only
-            norms of 0, or a model that has a plan already.
+        TypeError: `model` is no Module, or `head` one name instead of several.
+        ValueError: no batches, or none of pairs or mappings; a loss that is no scalar; no layer that could be ranked;
+            an unknown head; a norm that is not finite, or only norms of 0; a model that has a plan already.
     """
+    expect("model", model, nn.Module)
+    if isinstance(head, str):
+        raise TypeError(f"head {head!r}: wanted a sequence of module names, such as [{head!r}]")
     if hasattr(model, "trady"):
         raise ValueError("the model has a plan already: call remove_plan(model) before it is ranked")
     layers = _candidates(model)
@@ -165,9 +170,11 @@ class _Measurement:
         steps = 0
         try:
             for batch in batches:
-                inputs, target = (batch, batch) if isinstance(batch, Mapping) else batch
+                inputs, target = pair(batch)
                 with self._shapes_recorded(inputs) if steps == 0 else torch.enable_grad():
-                    loss_fn(call(self.model, inputs), target).backward()  # type: ignore[no-untyped-call]
+                    loss = loss_fn(call(self.model, inputs), target)
+                    check_loss(loss)
+                    loss.backward()  # type: ignore[no-untyped-call]
                 steps += 1
         finally:
             for hook in hooks:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from trady_triton.arguments import expect
 from trady_triton.batch import Batch, Shape, call, made_to
 from trady_triton.nn.convert import apply_plan
 from trady_triton.plan import Plan
@@ -62,6 +63,8 @@ def choose_recompute(
     `input_shape` counts the batch, (8, 3, 224, 224), or is a mapping of tensors of the batch's shapes and dtypes.
     Measured at the draw of epoch 0, by `scores` where the sampler cannot draw without; the model is not touched.
     """
+    expect("plan", plan, Plan)
+    expect("model", model, nn.Module)
     mode = FakeTensorMode()
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     fake = copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})

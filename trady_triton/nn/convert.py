@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trady_triton.arguments import expect
 from trady_triton.cost import LayerShape
 from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
@@ -28,6 +29,9 @@ class AppliedPlan:
     requires_grad: dict[str, bool]
 
 
+WRAPPERS = ("module", "_orig_mod")  # where DataParallel and its kin, and torch.compile, keep the model
+
+
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Freeze the network but for the head, and swap its Conv2d and Linear layers for lean ones, in place.
 
@@ -40,6 +44,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         ValueError: the plan was made for another model, or the model has a plan already. Nothing is changed then.
     """
+    expect("model", model, nn.Module)
+    expect("plan", plan, Plan)
     if hasattr(model, "trady"):
         raise ValueError("the model has a plan already: call remove_plan(model) first")
     _check_fits(model, plan)
@@ -91,7 +97,9 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         module = modules.get(name)
         if not isinstance(module, nn.Conv2d | nn.Linear):
             found = type(module).__name__ if name in modules else "no module"
-            raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, found {found}; rank this model")
+            inner = next((own for own in WRAPPERS if f"{own}.{name}" in modules), None)
+            hint = f"give the model itself, which this one wraps as .{inner}" if inner else "rank this model"
+            raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, found {found}; {hint}")
         if lean_type(type(module)) is None:
             raise ValueError(f"layer {name!r}: nobody taught a lean form of {type(module).__name__}; see register_lean")
         found_sizes, wanted = _sizes(module), _planned_sizes(shape)
