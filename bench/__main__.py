@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trady_triton.bench import bench_memory, bench_pareto, bench_step, ops_table, report
+from trady_triton.bench import bench_memory, bench_step, grid, ops_table, report
 from trady_triton.bench.config import RESULTS, device_of, results_folder, settings
 from trady_triton.bench.equal_memory import show_verdicts
 from trady_triton.bench.readme import fill
@@ -22,13 +22,12 @@ def main(
 ) -> None:
     """Measure whole steps, the equal-memory view and the kernels. What was measured before is not run again."""
     console, content, folder = wide_console(), settings(mode), results_folder(mode, out)
-    if mode != "quick":
+    if mode == "cpu":  # exact counts, the same on every machine
         bench_memory.run(out, console)
-    steps = bench_step.run(mode, content["minutes"]["step"], out, console)
-    pareto = bench_pareto.run(mode, content["minutes"]["pareto"], out, console)
+    stores = grid.run(mode, content["minutes"], out, console)
     ops_table.run(folder, device_of(mode), content["ops_batch"])
-    bench_step.show(steps, mode, console)
-    show_verdicts(console, list(pareto.rows.values()))
+    bench_step.show(stores["step"], mode, console)
+    show_verdicts(console, list(stores["pareto"].rows.values()))
     console.print(f"report: {report.write(folder)}", highlight=False)
     if mode != "quick" and README.exists() and out == RESULTS and fill(README, out):
         console.print(f"{README}: tables written", highlight=False)

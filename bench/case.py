@@ -8,7 +8,9 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,33 +26,26 @@ from trady_triton.meters import FlopsByKind, KeptBytes, peak_memory
 from trady_triton.rehearsal import Step, slots_of
 
 EPOCHS = 4  # of the draws, the one that keeps most is counted
+MIN_ROUNDS, SPREAD = 2, 0.03  # no more rounds than these are timed where the ratios lie no further apart
 
 
 class Bench:
     """All methods on one net, one after another."""
 
-    def __init__(self, net: Net, budgets: Iterable[str], repeats: int) -> None:
-        self.net, self.repeats = net, repeats
+    def __init__(self, net: Net, budgets: tuple[str, str, str]) -> None:
+        self.net, self.budgets = net, budgets
         self.model = net.build()
-        small, middle, large = budgets
-        self.setup = Setup(net, net.rank(self.model), (small, middle, large))
+        self.setup = Setup(net, net.rank(self.model), budgets)
         self.gate = Gate(self.model, self.setup)
         self.verdicts: dict[str, Verdict] = {}
         self.whole = step_of(net)
         self.weight_bytes = storage_bytes([*self.model.parameters(), *self.model.buffers()])
-        self._reference: Training | None = None
+        self._floors: dict[int | None, int] = {}
 
-    def run(self, name: str, micro_batch: int | None = None) -> dict[str, Any]:
+    def run(self, name: str, repeats: int, micro_batch: int | None = None) -> dict[str, Any]:
         """The row of a method, as JSON. Nothing that a method raises comes out of here: the row says it."""
         method, step = METHODS[name], step_of(self.net, micro_batch)
-        setup = replace(self.setup, micro_batch=micro_batch)
-        row: dict[str, Any] = {
-            **self.net.described(),
-            "method": name,
-            "label": method.label,
-            "micro_batch": micro_batch,
-            "inference_bytes": inference_peak(self.model, step),
-        }
+        row: dict[str, Any] = {"inference_bytes": self._floor(step)}
         try:
             if name not in self.verdicts:
                 self.verdicts[name] = self.gate.check(method)
@@ -58,27 +53,30 @@ class Bench:
             row |= {"gate": {**asdict(verdict), "is_green": verdict.is_green}}
             if not verdict.is_green:
                 return row | {"status": "red", "why": verdict.why}
-            return row | self._measured(method, setup, step) | {"status": "ok"}
-        except UnavailableError as error:
-            return row | {"status": "unavailable", "why": str(error)}
+            return row | self._measured(method, step, repeats) | {"status": "ok"}
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__} in {place.name}: {' '.join(str(error).split())[:300]}"
-            return row | {"status": "failed", "why": why}
+            return row | failure(error)
         finally:
             gc.collect()
 
-    def _measured(self, method: Method, setup: Setup, step: Step) -> dict[str, Any]:
-        training = method.set_up(copy.deepcopy(self.model), setup)
+    def _floor(self, step: Step) -> int:
+        if step.micro_batch not in self._floors:
+            self._floors[step.micro_batch] = inference_peak(self.model, step)
+        return self._floors[step.micro_batch]
+
+    @cached_property
+    def _full(self) -> Training:
+        """Full fine-tuning, to which times are compared; it has taken a step."""
+        full = METHODS["full"].set_up(copy.deepcopy(self.model), self.setup)
+        full.step(self.whole)
+        return full
+
+    def _measured(self, method: Method, step: Step, repeats: int) -> dict[str, Any]:
+        training = method.set_up(copy.deepcopy(self.model), replace(self.setup, micro_batch=step.micro_batch))
         counts = count(training, step, self.weight_bytes, method.is_compiled)
         if training.plan is not None and step.micro_batch is None:
             counts |= self._predicted(training.plan, counts["epoch"])
-        times, full = self._timed(training, step)
-        return counts | {
-            "ms": [1e3 * t for t in times],
-            "full_ms": [1e3 * t for t in full],
-            "ratio": statistics.median(times) / statistics.median(full),
-        }
+        return counts | self._timed(training, step, repeats)
 
     def _predicted(self, plan: Plan, epoch: int) -> dict[str, Any]:
         """What the plan's ledger says of the same step, without running it."""
@@ -91,18 +89,29 @@ class Bench:
             "recomputed_blocks": len(plan.policy.recompute),
         }
 
-    def _timed(self, training: Training, step: Step) -> tuple[list[float], list[float]]:
-        """Seconds of steps of the method and of full fine-tuning of the whole batch, in turn; each step draws anew."""
-        if self._reference is None:
-            self._reference = METHODS["full"].set_up(copy.deepcopy(self.model), self.setup)
-            seconds(self._reference, self.whole)
-        seconds(training, step)
-        mine, full = [], []
-        for repeat in range(self.repeats):
+    def _timed(self, training: Training, step: Step, repeats: int) -> dict[str, Any]:
+        """Milliseconds of steps of the method, and of full fine-tuning of the whole batch, in turn; each draws anew.
+
+        What is timed has been counted, so it has run before. Rounds end early where their ratios agree.
+        """
+        mine: list[float] = []
+        full: list[float] = []
+        for repeat in range(repeats):
             training.begin(repeat)
-            mine.append(seconds(training, step))
-            full.append(seconds(self._reference, self.whole))
-        return mine, full
+            mine.append(1e3 * seconds(training, step))
+            full.append(1e3 * seconds(self._full, self.whole))
+            ratios = sorted(a / b for a, b in zip(mine, full, strict=True))
+            if repeat + 1 >= MIN_ROUNDS and ratios[-1] <= (1 + SPREAD) * ratios[0]:
+                break
+        return {"ms": mine, "full_ms": full, "ratio": statistics.median(ratios)}
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """A row that says what was raised and where."""
+    if isinstance(error, UnavailableError):
+        return {"status": "unavailable", "why": str(error)}
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return {"status": "failed", "why": f"{type(error).__name__} in {place.name}: {' '.join(str(error).split())[:300]}"}
 
 
 def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compiled: bool = False) -> dict[str, Any]:
@@ -116,28 +125,25 @@ def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compil
     kept_in = [_kept(training, step, epoch, is_compiled) for epoch in epochs]
     epoch = kept_in.index(max(kept_in))
     training.begin(epoch)
-    training.step(step)  # from here on the optimizer's state exists
+    training.optimizer.zero_grad()
+    with FlopsByKind(training.model) if not is_compiled else nullcontext() as flops:
+        step.backward(training.model)
+    training.optimizer.step()  # from here on the optimizer's state exists
     state = state_bytes(training)
     weights = storage_bytes([*network.parameters(), *network.buffers()])
     draws = storage_bytes(tensor for slot in slots_of(network) for tensor in (slot.channels, slot.proxy))
     extra = max(0, weights - plain_weight_bytes) + draws if plain_weight_bytes else draws
-    counts = {"epoch": epoch, "kept_bytes": kept_in[epoch], "state_bytes": state, "extra_weight_bytes": extra}
+    counts = {"epoch": epoch, "kept_bytes": kept_in[epoch], "state_bytes": state, "extra_weight_bytes": extra,
+              "peak_bytes": None}  # fmt: skip
+    if flops is not None:
+        kinds = ("forward_flops", "dgrad_flops", "wgrad_flops")
+        counts |= {kind: getattr(flops, kind) for kind in kinds}
     if is_compiled and step.inputs.device.type != "cuda":
-        return counts | {"peak_bytes": None}
+        return counts
     training.optimizer.zero_grad()
     with peak_memory(step.inputs.device) as peak:
         training.step(step)
-    counts["peak_bytes"] = peak.peak_bytes + state + extra
-    if is_compiled:
-        return counts
-    training.optimizer.zero_grad()
-    with FlopsByKind(training.model) as flops:
-        step.backward(training.model)
-    return counts | {
-        "forward_flops": flops.forward_flops,
-        "dgrad_flops": flops.dgrad_flops,
-        "wgrad_flops": flops.wgrad_flops,
-    }
+    return counts | {"peak_bytes": peak.peak_bytes + state + extra}
 
 
 def inference_peak(model: nn.Module, step: Step) -> int:

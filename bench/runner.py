@@ -1,4 +1,4 @@
-"""Runs cases in processes of their own, one a net, with a progress bar; a process that dies costs its case alone."""
+"""Runs cases in a process of their own, with a progress bar; a process that dies costs its case alone."""
 
 from __future__ import annotations
 
@@ -43,16 +43,24 @@ class Case:
 
     @property
     def inputs(self) -> Row:
-        """All that its row depends on, beside the code."""
+        """All that its row depends on, beside the code; what the worker is told."""
         return {"net": self.net.described(), "method": self.method, "budgets": list(self.budgets),
                 "repeats": self.repeats, "micro_batch": self.micro_batch}  # fmt: skip
 
+    def described(self) -> Row:
+        """What every row of it says first."""
+        return {**self.net.described(), "method": self.method, "label": METHODS[self.method].label,
+                "micro_batch": self.micro_batch or self.net.batch}  # fmt: skip
+
+
+Entry = tuple[Store, Case]  # a case, and where its row goes
+
 
 class Runner:
-    """Runs cases that the store does not hold yet, until `minutes` are over; then the rest says that it was not run."""
+    """Runs cases whose store does not hold them yet, until `minutes` are over; then the rest says it was not run."""
 
-    def __init__(self, store: Store, console: Console, minutes: float, title: str) -> None:
-        self.store, self.console = store, console
+    def __init__(self, console: Console, minutes: float, title: str) -> None:
+        self.console = console
         self.deadline = time.monotonic() + 60 * minutes
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -75,46 +83,47 @@ class Runner:
     ) -> None:
         self.progress.stop()
 
-    def run(self, cases: list[Case]) -> None:
+    def run(self, entries: list[Entry]) -> None:
         """Every case gets a row."""
-        self.progress.update(self.task, total=len(cases))
-        waiting = [case for case in cases if not self.store.is_done(case.name, case.inputs)]
-        self.progress.advance(self.task, len(cases) - len(waiting))
+        self.progress.update(self.task, total=len(entries))
+        waiting = [(store, case) for store, case in entries if not store.is_done(case.name, case.inputs)]
+        self.progress.advance(self.task, len(entries) - len(waiting))
         while waiting:
             if time.monotonic() > self.deadline:
-                for case in waiting:
-                    self._put(case, {"status": "unfinished", "why": OUT_OF_TIME})
+                for entry in waiting:
+                    self._put(entry, {"status": "unfinished", "why": OUT_OF_TIME})
                 return
-            job = _next_job(waiting)
-            self.progress.update(self.task, description=f"{job[0].net.name}: {METHODS[job[0].method].label}")
-            done = self._run_job(job)
-            waiting = [case for case in waiting if case not in done]
+            done = self._run_job(_next_job(waiting))
+            waiting = waiting[done:]
 
-    def _run_job(self, job: list[Case]) -> list[Case]:
-        """Run cases of one net in one process; returns those that now have a row."""
+    def _run_job(self, job: list[Entry]) -> int:
+        """Run cases in one process; returns how many of them now have a row."""
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen([sys.executable, "-m", "trady_triton.bench.worker"], stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE, stderr=errors, text=True)  # fmt: skip
-            done = []
-            for case, row in zip(job, self._rows(process, job), strict=False):
-                self._put(case, row)
-                done.append(case)
-            if len(done) < len(job):
+            done = 0
+            self._announce(job[0][1])
+            for row in self._rows(process, [case for _, case in job]):
+                self._put(job[done], row)
+                done += 1
+                if done < len(job):
+                    self._announce(job[done][1])
+            if done < len(job):
                 out_of_time = time.monotonic() > self.deadline
                 status = "unfinished" if out_of_time else "failed"
                 why = OUT_OF_TIME if out_of_time else _last_words(process.returncode, errors)
-                self._put(job[len(done)], {"status": status, "why": why})
-                done.append(job[len(done)])
+                self._put(job[done], {"status": status, "why": why})
+                done += 1
         return done
 
-    def _rows(self, process: subprocess.Popen[str], job: list[Case]) -> Iterator[Row]:
+    def _announce(self, case: Case) -> None:
+        self.progress.update(self.task, description=f"{case.net.name}: {METHODS[case.method].label}")
+
+    def _rows(self, process: subprocess.Popen[str], cases: list[Case]) -> Iterator[Row]:
         """The rows as they come. A process that is silent for too long is killed."""
         assert process.stdin is not None
         assert process.stdout is not None
-        first = job[0]
-        process.stdin.write(json.dumps({"net": first.net.described(), "budgets": first.budgets,
-                                        "repeats": first.repeats,
-                                        "cases": [[c.method, c.micro_batch] for c in job]}))  # fmt: skip
+        process.stdin.write(json.dumps([case.inputs for case in cases]))
         process.stdin.close()
         alarm = self._alarm(process)
         try:
@@ -136,28 +145,20 @@ class Runner:
         alarm.start()
         return alarm
 
-    def _put(self, case: Case, row: Row) -> None:
-        base = {**case.net.described(), "method": case.method, "label": METHODS[case.method].label,
-                "micro_batch": case.micro_batch}  # fmt: skip
-        self.store.put(case.name, case.inputs, base | row)
+    def _put(self, entry: Entry, row: Row) -> None:
+        store, case = entry
+        store.put(case.name, case.inputs, case.described() | row)
         self.progress.advance(self.task)
         if not self.console.is_terminal:
             why = f": {row['why']}" if "why" in row else ""
             self.console.print(f"{case.name} {row['status']}{why}", highlight=False, soft_wrap=True)
 
 
-def _next_job(waiting: list[Case]) -> list[Case]:
-    """The first case, with those after it of its net that may share its process: what is compiled runs alone."""
-    first = waiting[0]
-    if METHODS[first.method].is_compiled:
-        return [first]
-    same = (first.net, first.budgets, first.repeats)
-    return list(
-        itertools.takewhile(
-            lambda case: (case.net, case.budgets, case.repeats) == same and not METHODS[case.method].is_compiled,
-            waiting,
-        )
-    )
+def _next_job(waiting: list[Entry]) -> list[Entry]:
+    """The first case, with those after it that may share its process: what is compiled runs alone."""
+    if METHODS[waiting[0][1].method].is_compiled:
+        return waiting[:1]
+    return list(itertools.takewhile(lambda entry: not METHODS[entry[1].method].is_compiled, waiting))
 
 
 def _last_words(code: int | None, errors: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class Store:
         """Note the row of a case."""
         stamp = {"key": key(inputs), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
         self.rows[case] = row | stamp
+        self.write()
+
+    def copy(self, sources: Mapping[str, Store]) -> None:
+        """Take over rows of cases from other stores."""
+        self.rows |= {case: store.rows[case] for case, store in sources.items()}
         self.write()
 
     def keep(self, cases: set[str]) -> None:

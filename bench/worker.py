@@ -1,10 +1,13 @@
-"""The process in which the cases of one net run: a job as JSON on stdin, a line of JSON on stdout for every case.
+"""The process in which cases run: a list of them as JSON on stdin, a line of JSON on stdout for every one.
 
 What libraries print goes elsewhere: result lines start with a mark.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import json
 import sys
 from typing import Any
@@ -13,17 +16,37 @@ MARK = "@case "
 
 
 def main() -> None:
-    """Run a job: {"net": ..., "budgets": [...], "repeats": n, "cases": [[method, micro batch], ...]}."""
-    job: dict[str, Any] = json.loads(sys.stdin.read())
+    """Run cases, `Case.inputs` each; those of one net share its ranking and the verdicts of its gate."""
+    cases: list[dict[str, Any]] = json.loads(sys.stdin.read())
     import torch
 
-    from trady_triton.bench.case import Bench
+    from trady_triton.bench.case import Bench, failure
+    from trady_triton.bench.methods import METHODS
     from trady_triton.bench.nets import Net
 
     torch.backends.cudnn.benchmark = True  # as timm's training script has it
-    bench = Bench(Net.from_dict(job["net"]), job["budgets"], job["repeats"])
-    for method, micro_batch in job["cases"]:
-        print(MARK + json.dumps(bench.run(method, micro_batch)), flush=True)
+    _preload({METHODS[case["method"]].package for case in cases})
+    benches: dict[tuple[Net, tuple[str, ...]], Bench] = {}
+    for case in cases:
+        net, budgets = Net.from_dict(case["net"]), tuple(case["budgets"])
+        try:
+            for other in benches.keys() - {(net, budgets)}:
+                benches[other].gate.forget()
+            if (net, budgets) not in benches:
+                benches[net, budgets] = Bench(net, budgets)
+            row = benches[net, budgets].run(case["method"], case["repeats"], case["micro_batch"])
+        except Exception as error:  # the net itself fails
+            row = failure(error)
+        print(MARK + json.dumps(row), flush=True)
+
+
+def _preload(packages: set[str | None]) -> None:
+    """Import packages and exempt all that exists from garbage collection, which would search it after every case."""
+    for package in packages - {None}:
+        with contextlib.suppress(Exception):  # the case that needs it will say why it fails
+            importlib.import_module(str(package))
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

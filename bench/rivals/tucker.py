@@ -26,7 +26,9 @@ class Tucker:
         """(core, U0, ..., Um)."""
         rank, work = _rank(x.shape, self.limit), x if x.dtype == torch.float64 else x.float()
         if [basis.shape[0] for basis in self.bases] != list(x.shape):
-            self.bases = [torch.randn(size, min(size, rank), dtype=work.dtype, device=x.device) for size in x.shape]
+            ranks = [min(rank, size, x.numel() // size) for size in x.shape]  # an unfolding has no higher one
+            self.bases = [torch.randn(size, r, dtype=work.dtype, device=x.device)
+                          for size, r in zip(x.shape, ranks, strict=True)]  # fmt: skip
         core = work
         for mode, basis in enumerate(self.bases):
             rows = work.movedim(mode, 0).flatten(1)

@@ -19,7 +19,7 @@ BUDGETS = ("16KiB", "64KiB", "256KiB")
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(Net("mobilenetv2_w035", batch=2, image_size=32), BUDGETS, repeats=1)
+    return Bench(Net("mobilenetv2_w035", batch=2, image_size=32), BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_broken_method_is_red(gate: Gate, build, contract: str, why: str) -> N
 
 def test_a_red_method_has_a_row_without_speed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.METHODS, "broken", Method("broken", scaled))
-    row = bench.run("broken")
+    row = bench.run("broken", 1)
     assert row["status"] == "red"
     assert "gradients err" in row["why"]
     assert not {"ms", "ratio"} & row.keys()
@@ -159,13 +159,13 @@ def refusing(model: nn.Module, setup: Setup):
 )
 def test_a_method_that_cannot_run_has_a_row_that_says_why(bench, monkeypatch, method, status, why) -> None:
     monkeypatch.setitem(cases.METHODS, "x", method)
-    row = bench.run("x")
+    row = bench.run("x", 1)
     assert row["status"] == status
     assert why in row["why"]
 
 
 def test_a_row_holds_the_four_memory_numbers_and_what_was_predicted(bench: Bench) -> None:
-    row = bench.run("trady")
+    row = bench.run("trady", 1)
     assert row["status"] == "ok", row["why"]
     assert row["budget_bytes"] == 64 * 1024
     assert row["used_bytes"] <= row["budget_bytes"]
@@ -176,7 +176,7 @@ def test_a_row_holds_the_four_memory_numbers_and_what_was_predicted(bench: Bench
 
 
 def test_a_micro_batch_keeps_the_pool_and_needs_less(bench: Bench) -> None:
-    whole, halves = bench.run("pool", 2), bench.run("pool", 1)
+    whole, halves = bench.run("pool", 1, 2), bench.run("pool", 1, 1)
     assert halves["kept_bytes"] < whole["kept_bytes"]
     assert halves["inference_bytes"] < whole["inference_bytes"]
     setup = replace(bench.setup, micro_batch=1)

@@ -16,8 +16,8 @@ CASES = [Case(NET, method, ("16KiB", "64KiB", "256KiB"), 1) for method in ("head
 
 def run(path: Path, cases: list[Case], minutes: float = 5.0) -> Store:
     store = Store(path / "step.json", "cpu")
-    with Runner(store, Console(quiet=True), minutes, "test") as runner:
-        runner.run(cases)
+    with Runner(Console(quiet=True), minutes, "test") as runner:
+        runner.run([(store, case) for case in cases])
     return store
 
 

@@ -53,8 +53,8 @@ def bench(
     cases = [Case(net, name, (budget,) * 3, repeats) for name in chosen]
     with tempfile.TemporaryDirectory() as scratch:
         store = Store(out or Path(scratch) / "bench.json", where)
-        with Runner(store, Console(stderr=True), minutes, model) as runner:
-            runner.run(cases)
+        with Runner(Console(stderr=True), minutes, model) as runner:
+            runner.run([(store, case) for case in cases])
     show_steps(wide_console(), [store.rows[case.name] for case in cases])
     if out is not None:
         note(f"numbers written to {out}")
