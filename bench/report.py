@@ -22,14 +22,14 @@ HOW_TO_READ = """Memory is beyond the net's own weights and the batch: B_mem is 
 and compact gradients of drawn channels); kept is what lives between forward and backward; peak is the most that lives \
 at once, gradients, optimizer state, adapters and channel ids included; inference is the peak of a forward without \
 gradients, which no training step undercuts. "Predicted" stands after what it predicts, and was computed on fake \
-tensors before the step ran. Time is the median of steps over the median of full fine-tuning's, both run in turn in \
-one process. The last column is the gate: the relative error of the gradients of all that is trained, against plain \
-PyTorch in float64 (optimizers: float32); a method that fails it shows no speed."""
+tensors. Time is the median of a step's ratios to a step of full fine-tuning, both run in turn in one process. The \
+last column is the gate: the relative error of the gradients of all that is trained, against plain PyTorch in float64 \
+(optimizers: float32); a method that fails it shows no speed."""
 ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from 1 to the batch; times are ratios to full \
 fine-tuning of the whole batch. The table takes every peak between the smallest in which TraDy works and twice \
 that, wherever an answer changes, and shows the fastest way within it: TraDy, the same pool of layers trained \
 dense (with or without timm checkpointing), the last two blocks. Differences below {TIE:.0%} count as a tie. \
-With BatchNorm, full fine- tuning in micro-batches is another computation, as its statistics are those of the \
+With BatchNorm, full fine-tuning in micro-batches is another computation, as its statistics are those of the \
 part."""
 
 
