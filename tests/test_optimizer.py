@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from toys import toy_batches, toy_net, toy_plan
 
-from trady_triton import TraDyOptimizer, apply_plan
+from trady_triton import TraDyOptimizer, apply_plan, remove_plan
 
 
 def planned(budget: int = 1200, lr: float | torch.Tensor = 0.1, weight_decay: float = 0.0, **options):
@@ -286,6 +287,23 @@ def test_models_without_the_plan_are_refused():
         TraDyOptimizer(toy_net().parameters())
     with pytest.raises(TypeError, match="params is a Tensor"):
         TraDyOptimizer(net.head.weight, plan)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied_but_its_state_goes_on_in_a_copied_model(copied):
+    net = toy_net()
+    plan = toy_plan(net)
+    optimizer = TraDyOptimizer(apply_plan(net, plan).parameters(), plan, lr=0.1, momentum=0.9)
+    optimizer.resample(2)
+    train_step(net, optimizer)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copied(optimizer)
+    twin = copy.deepcopy(net)
+    other = TraDyOptimizer(apply_plan(remove_plan(twin), plan).parameters(), plan, lr=0.1, momentum=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    for model, opt in ((net, optimizer), (twin, other)):
+        train_step(model, opt)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
 def test_the_plan_is_found_from_the_parameters():

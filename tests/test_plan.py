@@ -104,6 +104,20 @@ def test_bad_options_are_named(wrong):
         make_plan(toy_ranking(toy_net()), budget=1200, **wrong)
 
 
+def test_options_that_exclude_each_other_are_refused():
+    for pair in ({"k": 2, "coverage": 0.5}, {"k": 1, "layers": ["stem"]}, {"coverage": 0.5, "layers": ["stem"]}):
+        with pytest.raises(ValueError, match=r"wanted one of them"):
+            make_plan(toy_ranking(toy_net()), budget=1200, **pair)
+    with pytest.raises(ValueError, match="batch_size 4: with a memory"):
+        make_plan(toy_ranking(toy_net()), memory="1MiB", model=toy_net(), input_shape=(1, 3, 12, 12), batch_size=4)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, True])
+def test_savings_of_no_epochs_are_refused(epochs):
+    with pytest.raises(ValueError, match="epochs"):
+        toy_plan(toy_net()).expected(epochs)
+
+
 @pytest.mark.parametrize("epoch", [-1, 1.0, True, "0"])
 def test_a_bad_epoch_is_refused(epoch):
     with pytest.raises(ValueError, match="epoch"):
@@ -253,6 +267,17 @@ def test_k_and_coverage_hold_without_a_budget_too():
     assert make_plan(ranking, budget=None, sampler="full", k=2).pool == ranking.order()[:2]
     with pytest.raises(ValueError, match="coverage"):
         make_plan(ranking, budget=None, sampler="full", coverage=2.0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "layers", "source"),
+    [("d-rgn", None, "gradient_scores"), ("tinytrain", None, "fisher_scores"), ("su", {"stem": 0.5}, "pretrained")],
+)
+def test_samplers_that_need_scores_say_so_and_from_where(sampler, layers, source):
+    plan = toy_plan(toy_net(), coverage=None, sampler=sampler, layers=layers)
+    for call in (plan.expected, lambda: plan.sample(0)):
+        with pytest.raises(ValueError, match=f"sampler '{sampler}': wanted scores.*{source}"):
+            call()
 
 
 @pytest.mark.parametrize("scores", [{}, {"stem": torch.ones(2)}], ids=["missing", "shape"])

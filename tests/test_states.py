@@ -204,6 +204,10 @@ def test_the_ledger_counts_the_state_and_no_draw_exceeds_its_budget(kind, option
         ({"nesterov": True}, "nesterov: wanted a momentum"),
         ({"algorithm": "adamw", "momentum": 0.9}, "AdamW has betas"),
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "betas"),
+        ({"algorithm": "adamw", "betas": (0.9, 0.9, 0.9)}, "betas"),
+        ({"betas": (0.8, 0.9)}, "are of AdamW"),
+        ({"eps": 1e-6}, "are of AdamW"),
+        ({"lr": "0.1"}, "lr '0.1'"),
     ],
     ids=str,
 )
@@ -213,6 +217,45 @@ def test_wrong_options_are_named(options, match):
     apply_plan(net, plan)
     with pytest.raises(ValueError, match=match):
         TraDyOptimizer(net.parameters(), plan, **options)
+
+
+@pytest.mark.parametrize("name", ["maximize", "dampening", "amsgrad", "differentiable", "betas"])
+def test_options_of_torch_optim_that_are_none_here_are_not_passed_over(name):
+    net = toy_net()
+    plan = toy_plan(net)
+    apply_plan(net, plan)
+    with pytest.raises(ValueError, match=f"{name} .*algorithm 'sgd' has momentum and nesterov alone"):
+        TraDyOptimizer([{"params": net.parameters(), name: (0.5, 0.5)}], plan)
+
+
+def test_a_schedule_that_turns_momentum_on_equals_torch_sgd():
+    """OneCycleLR does so by default."""
+    net, plan, optimizer = planned("momentum", 10**7)
+    optimizer = TraDyOptimizer(net.parameters(), plan, 0.02)
+    dense = toy_net()
+    reference = torch.optim.SGD(
+        [p for n, p in dense.named_parameters() if n.removesuffix(".weight") in plan.pool or n.startswith("head")], 0.02
+    )
+    optimizer.resample(0)
+    for model, opt in ((net, optimizer), (dense, reference)):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=10)
+        for batch in toy_batches(8):
+            train_step(model, opt, batch)
+            schedule.step()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, dense.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+def test_a_schedule_may_not_turn_on_what_the_budget_has_not_counted():
+    net = toy_net()
+    plan = toy_plan(net, "64KiB", dtype=torch.float64)
+    optimizer = TraDyOptimizer(apply_plan(net, plan).parameters(), plan, 0.02)
+    optimizer.resample(0)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError, match="momentum keeps 1 states"):
+        train_step(net, optimizer)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])

@@ -6,7 +6,7 @@ from torch import nn
 
 from trady_triton.ops import dispatch
 from trady_triton.optim import update
-from trady_triton.optim.states import new_channel_state
+from trady_triton.optim.states import fill_channel_state
 from trady_triton.optim.update import ChannelUpdate, Trained
 from trady_triton.slot import ChannelSlot
 
@@ -32,7 +32,7 @@ def run(algorithm, draws):
         trained = []
         for slot, group in zip(slots, GROUPS[algorithm], strict=True):
             slot.set(channels)
-            trained.append(Trained(slot, new_channel_state(slot, algorithm, group), group))
+            trained.append(Trained(slot, fill_channel_state({}, slot, algorithm, group), group))
         for _ in range(2):
             for slot in slots:
                 slot.proxy.grad = torch.randn(slot.proxy.shape, generator=generator)

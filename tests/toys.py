@@ -51,4 +51,5 @@ def toy_ranking(net: nn.Module) -> Ranking:
 
 
 def toy_plan(net: nn.Module, budget: int | str | None = 1200, **options: object) -> Plan:
-    return make_plan(toy_ranking(net), budget=budget, **{"coverage": 1.0, **options})
+    coverage = {} if options.keys() & {"k", "layers"} else {"coverage": 1.0}
+    return make_plan(toy_ranking(net), budget=budget, **{**coverage, **options})

@@ -14,9 +14,9 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from trady_triton.optim.channel_groups import ChannelGroups
 from trady_triton.optim.distributed import Processes, StepsWithoutBatch
-from trady_triton.optim.gradients import GradientWatch, clip_jointly_, missed_compact
-from trady_triton.optim.options import check_whole, defaults_of, listed, tensors_in
-from trady_triton.optim.states import fill_whole_state
+from trady_triton.optim.gradients import clip_jointly_, missed_compact
+from trady_triton.optim.options import check_states, check_whole, defaults_of, listed, tensors_in
+from trady_triton.optim.states import fill_channel_state, fill_whole_state
 from trady_triton.optim.strict import StepMemory
 from trady_triton.optim.update import ChannelUpdate, Trained, update_whole
 from trady_triton.plan import Plan
@@ -57,8 +57,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         resample_every: "epoch", at which the loop calls `resample(epoch)`; or a number of steps, after which `step()`
             itself makes the next draw, of index 0, 1, ... A step that a GradScaler skips, or of learning rate 0,
             counts for nothing.
-        max_grad_norm: clip the joint norm of all gradients in `step()`. For loops that clip over `model.parameters()`,
-            which lacks the compact gradients: what they have clipped is not clipped twice (with one process).
+        max_grad_norm: clip the joint norm of all gradients in `step()`, for loops that cannot clip over `param_groups`.
+            The loop must not clip as well: over `model.parameters()` it would clip what is trained whole twice.
         average_at: when several processes average compact gradients: "step", at once for all backwards of a step; or
             "backward", after each, for loops that unscale or clip before the step and cannot call `synchronize()`.
         process_group: whose processes train together; by default all, where torch.distributed is initialised.
@@ -104,10 +104,9 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         self.resample_every, self.max_grad_norm, self.average_at = resample_every, max_grad_norm, average_at
         self._update_channels = ChannelUpdate(algorithm)
         self._processes = Processes(process_group)
-        self._warns = max_grad_norm is None
-        watch = GradientWatch(weighs=max_grad_norm is not None)
+        self._warns = True
         defaults = {"lr": lr, "weight_decay": weight_decay, **options, "trady_every": resample_every}
-        super().__init__(groups, defaults, plan, pool, algorithm, state_policy, watch)
+        super().__init__(groups, defaults, plan, pool, algorithm, state_policy)
         assert pool is not None
         self._model = pool.model
         self.memory = StepMemory(plan, self.join_device, self._owned) if strict else None
@@ -190,6 +189,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     def _take_step(self) -> None:
         if self.epoch is None:
             raise RuntimeError("no channels are drawn: call optimizer.resample(epoch) at the start of every epoch")
+        for group in self.param_groups:
+            check_states(group, self.algorithm, self.plan.cost)  # a scheduler may have turned momentum on
         if self.memory is not None:
             self.memory.check()
         counts = any(float(group["lr"]) != 0 for group in self.param_groups)
@@ -224,6 +225,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim, compact gradients included."""
         super().zero_grad(set_to_none)
+        for slot in self._all_slots():
+            slot.draw.unapplied = False
         self._watch.forget()
         self._processes.forget()
 
@@ -287,7 +290,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
                 states = [fill_whole_state(self.state[p], p, self.algorithm, group) for p in moved]
                 update_whole(self.algorithm, group, moved, states)
         self._update_channels(
-            Trained(slot, self.state[slot.proxy], group)
+            Trained(slot, fill_channel_state(self.state[slot.proxy], slot, self.algorithm, group), group)
             for group, slots in zip(self.param_groups, self._slots, strict=True)
             for slot in slots
             if slot.proxy.grad is not None
@@ -322,17 +325,15 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     def _clip(self) -> None:
         """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""
         whole = [parameter for _, parameters in self._whole() for parameter in parameters]
-        # Where processes train together, whole gradients change after the backward by being averaged; alone in its
-        # group, a process may also find them copied.
-        watch = self._watch if self._processes.count == 1 else None
         if self.max_grad_norm is not None:
-            clip_jointly_(whole, self._proxies(), self.max_grad_norm, watch)
+            clip_jointly_([*whole, *self._proxies()], self.max_grad_norm)
+        # Among processes whole gradients change after the backward by being averaged, or copied.
         elif self._warns and not self._processes.exist and missed_compact(self._watch, whole, self._proxies()):
             self._warns = False
             warnings.warn(
                 "gradients of the parameters that are trained whole were changed after the backward, as by "
                 "clip_grad_norm_(model.parameters(), ...), and those of the drawn channels were not: clip over the "
-                "tensors of optimizer.param_groups, or give the optimizer max_grad_norm",
+                "tensors of optimizer.param_groups, or do not clip and give the optimizer max_grad_norm",
                 stacklevel=6,
             )
 

@@ -22,7 +22,7 @@ from trady_triton.ranking import Ranking
 from trady_triton.sampling import FILLS, Pool, Scores, Selection, epoch_generator
 from trady_triton.savings import Savings, mean_savings
 from trady_triton.serial import read_json, write_json
-from trady_triton.strategies import Strategy, strategy
+from trady_triton.strategies import REQUIRED, Strategy, strategy
 from trady_triton.strategies.depth import depth_probabilities
 
 
@@ -134,8 +134,11 @@ class Plan:
         """Mean savings over the draws of epochs 0 to `epochs` - 1 (the paper's sparsities are the same fractions).
 
         Known before training. Samplers that learn scores while they train draw as in their first epoch, unless given.
+
+        Raises:
+            ValueError: `epochs` is no positive integer, or the sampler needs scores and got none.
         """
-        if epochs < 1:
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs {epochs!r}: wanted an integer of at least 1")
         draws = [self._draw(epoch, scores) for epoch in range(1 if self.strategy.is_static else epochs)]
         used, dgrad = [self.used(draw) for draw in draws], [self._dgrad_flops(draw) for draw in draws]
@@ -189,6 +192,8 @@ class Plan:
 
     def _check_scores(self, scores: Scores | None) -> None:
         if scores is None:
+            if (needed := REQUIRED.get(self.strategy.scores)) is not None:
+                raise ValueError(f"sampler {self.sampler!r}: wanted scores: {needed}")
             return
         for name in self.pool:
             if name not in scores:
@@ -311,7 +316,8 @@ def make_plan(
         policy: what the frozen layers keep for the backward; the default is exact.
 
     Raises:
-        ValueError: an option out of its range, an unknown layer name, or a budget that no channel of the pool fits.
+        ValueError: an option out of its range, an unknown layer name, options that exclude each other, or a budget that
+            no channel of the pool fits.
     """
     expect("policy", policy, Policy)
     expect("dtype", dtype, torch.dtype)
@@ -322,6 +328,7 @@ def make_plan(
         raise ValueError(f"seed {seed!r}: wanted an integer")
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZER_STATES)}")
+    _check_pool_options(coverage, k, layers)
     chosen, states = strategy(sampler), OPTIMIZER_STATES[optimizer]
     limit, in_bytes = read_budget(budget, sampler, chosen)
     cost = CostModel(depthwise=cost_model, states=states)
@@ -378,6 +385,13 @@ def _check_depth(plan: Plan) -> None:
     least = min(plan.dgrad_flops_above(name) for name in plan.pool) / max(1, full)
     if share < least:
         raise ValueError(f"dgrad_budget {share!r}: the shallowest layer of the pool takes {least:.4f} of full dX")
+
+
+def _check_pool_options(coverage: object, k: object, layers: object) -> None:
+    given = {name: value for name, value in (("coverage", coverage), ("k", k), ("layers", layers)) if value is not None}
+    if len(given) > 1:
+        options = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        raise ValueError(f"{options}: wanted one of them, each fixes the pool")
 
 
 def _check_names(layers: Sequence[str], shapes: Mapping[str, LayerShape]) -> None:

@@ -60,6 +60,9 @@ def make_plan(
         raise ValueError(f"memory: sampler {sampler!r} trains its scheme whatever the memory; give a budget instead")
     if not chosen.has_budget or chosen.scores != "none" or options.get("correction_cap") is not None:
         raise ValueError(f"memory: sampler {sampler!r} may keep more than its draws; give a budget instead")
+    for name in ("batch_size", "dtype", "activation_dtype"):
+        if name in options:
+            raise ValueError(f"{name} {options[name]!r}: with a memory it follows from model, input_shape and autocast")
     if model is None or input_shape is None:
         raise ValueError("memory: wanted model and input_shape as well, from which the step's peak is predicted")
     return fit_memory(model, ranking, memory=memory, input_shape=input_shape, **options)

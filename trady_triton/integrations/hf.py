@@ -21,13 +21,13 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
     What is drawn follows from the trainer's epoch, or from the optimizer's count of steps, so a run that is resumed in
     mid-epoch trains the channels that it was stopped with.
 
-    Trainer clips and clears `model.parameters()`, among which compact gradients are not. So an optimizer without
-    `max_grad_norm` takes over that of the arguments for the training, which clips everything that is trained as one,
-    and the callback clears the compact gradients after each step. The norm that Trainer logs lacks the compact ones.
+    Trainer clips and clears `model.parameters()`, among which compact gradients are not. So the optimizer clips, all
+    that is trained as one, to its own `max_grad_norm` or else to that of the arguments; and the callback clears the
+    compact gradients after each step. The norm that Trainer logs lacks the compact ones.
     """
 
     def __init__(self) -> None:
-        self._taken_over: float | None = None
+        self._clipping: tuple[float, float | None] | None = None
         self._epoch: int | None = None
 
     def on_train_begin(
@@ -41,17 +41,17 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
         """Let the optimizer clip; raises TypeError where the trainer has another optimizer."""
         self._epoch = None
         inner = unwrap_optimizer(optimizer)
-        if inner.max_grad_norm is None:
-            self._taken_over = args.max_grad_norm
-            inner.max_grad_norm, args.max_grad_norm = args.max_grad_norm or math.inf, 0.0
+        self._clipping = args.max_grad_norm, inner.max_grad_norm
+        inner.max_grad_norm = inner.max_grad_norm or args.max_grad_norm or math.inf
+        args.max_grad_norm = 0.0
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
     ) -> None:
         """Give the clipping back."""
-        if self._taken_over is not None:
-            unwrap_optimizer(optimizer).max_grad_norm, args.max_grad_norm = None, self._taken_over
-            self._taken_over = None
+        if self._clipping is not None:
+            args.max_grad_norm, unwrap_optimizer(optimizer).max_grad_norm = self._clipping
+            self._clipping = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any

@@ -18,9 +18,9 @@ from trady_triton.optim.states import (
     carry_,
     check_saved,
     check_saved_groups,
+    fill_channel_state,
     fill_whole_state,
     load_,
-    new_channel_state,
     state_shapes,
 )
 from trady_triton.plan import Plan
@@ -35,13 +35,13 @@ class ChannelGroups(Optimizer):
 
     def __init__(
         self, groups: list[Any], defaults: dict[str, Any], plan: Plan, pool: Pool | None, algorithm: str,
-        state_policy: str, watch: GradientWatch,
+        state_policy: str,
     ) -> None:  # fmt: skip
         """`pool` was found from the parameters; raises ValueError where it is not the plan's."""
         self.plan, self.algorithm, self.state_policy = plan, algorithm, state_policy
         self._slots: list[list[ChannelSlot]] = []
         self._scores = ChannelScores(plan)
-        self._watch, self._digest = watch, ""
+        self._watch, self._digest = GradientWatch(), ""
         super().__init__(groups, {**defaults, "trady_plan": plan.fingerprint, "trady_epoch": -1, "trady_steps": 0})
         if pool is not None:
             self._add_left_out(pool.slots)
@@ -52,6 +52,13 @@ class ChannelGroups(Optimizer):
                 f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
                 "deepcopy needs remove_plan and apply_plan of its own, and fully_shard comes before apply_plan"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: channels belong to one model, so no copy of an optimizer could train."""
+        raise TypeError(
+            "a TraDyOptimizer cannot be copied or pickled: save its state_dict(); a copied model needs remove_plan, "
+            "apply_plan and an optimizer of its own, into which the state_dict is loaded"
+        )
 
     @property
     def epoch(self) -> int | None:
@@ -133,8 +140,7 @@ class ChannelGroups(Optimizer):
                 fill_whole_state(self.state[parameter], parameter, self.algorithm, group)
         for group, slots in zip(self.param_groups, self._slots, strict=True):
             for slot in slots:
-                if not self.state[slot.proxy]:
-                    self.state[slot.proxy] = new_channel_state(slot, self.algorithm, group)
+                fill_channel_state(self.state[slot.proxy], slot, self.algorithm, group)
 
     def _names(self) -> list[list[str]]:
         """Names of the members of each group in a state_dict: position or, of a proxy, the layer."""
@@ -166,7 +172,7 @@ class ChannelGroups(Optimizer):
                 old, old_channels = self.state.pop(slot.proxy, {}), slot.channels
                 slot.set(channels.get(slot.layer, ()), scale.get(slot.layer), outputs.get(slot.layer))
                 slot.seed_step(group["trady_steps"])
-                state = new_channel_state(slot, self.algorithm, group)
+                state = fill_channel_state({}, slot, self.algorithm, group)
                 if carries:
                     carry_(state, slot.channels, old, old_channels)
                 self.state[slot.proxy] = state

@@ -39,14 +39,14 @@ def state_shapes(
     return shapes | ({"step": shape[: int(is_channels)]} if algorithm == "adamw" else {})
 
 
-def new_channel_state(slot: ChannelSlot, algorithm: str, group: Mapping[str, Any]) -> State:
-    """The state of channels that were never trained: zeros."""
+def fill_channel_state(state: State, slot: ChannelSlot, algorithm: str, group: Mapping[str, Any]) -> State:
+    """Complete the state of a slot's drawn channels, in place: zeros for what is not there yet."""
     dtype = torch.float64 if slot.proxy.dtype == torch.float64 else torch.float32
-    shapes = state_shapes(algorithm, group, tuple(slot.proxy.shape), True)
-    return {
-        name: torch.zeros(shape) if name == "step" else torch.zeros(shape, dtype=dtype, device=slot.proxy.device)
-        for name, shape in shapes.items()
-    }
+    for name, shape in state_shapes(algorithm, group, tuple(slot.proxy.shape), True).items():
+        if name not in state:
+            on_cpu = name == "step"
+            state[name] = torch.zeros(shape) if on_cpu else torch.zeros(shape, dtype=dtype, device=slot.proxy.device)
+    return state
 
 
 def carry_(state: State, channels: Tensor, old: State, old_channels: Tensor) -> None:

@@ -23,6 +23,13 @@ from trady_triton.strategies.whole import draw_everything, draw_nothing, whole_i
 Draw = Callable[[Pool, int, Scores | None], Selection]
 Inclusion = Callable[[Pool, Scores | None], dict[str, list[float]]]
 
+# Scores without which no channel can be drawn, by their source, and who measures them.
+REQUIRED = {
+    "weights": "norms of the pretrained weights, which TraDyOptimizer takes itself",
+    "gradient": "norms of the gradient over the data, which trady_triton.probes.gradient_scores measures",
+    "fisher": "Fisher information of the data, which trady_triton.probes.fisher_scores measures",
+}
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -14,15 +14,11 @@ def draw_by_rgn(pool: Pool, epoch: int, scores: Scores | None = None) -> Selecti
 
     Uncertain: whether the published pass runs in train or eval mode, and with augmentation; here as training does.
     """
-    return pool.take(pool.by_score(_required(scores), per_cost=True))
+    assert scores is not None
+    return pool.take(pool.by_score(scores, per_cost=True))
 
 
 def draw_by_norm(pool: Pool, epoch: int, scores: Scores | None = None) -> Selection:
     """Channels by g_c alone, highest first (D-Det Raw Norm; arXiv 2510.19675, Fig. 11)."""
-    return pool.take(pool.by_score(_required(scores), per_cost=False))
-
-
-def _required(scores: Scores | None) -> Scores:
-    if scores is None:
-        raise ValueError("an oracle draws by gradient norms: wanted scores, see trady_triton.probes.gradient_scores")
-    return scores
+    assert scores is not None
+    return pool.take(pool.by_score(scores, per_cost=False))

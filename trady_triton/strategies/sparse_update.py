@@ -13,12 +13,12 @@ def draw_largest(pool: Pool, epoch: int, scores: Scores | None = None) -> Select
     Scores are the L2 norms of the pretrained weights per input channel. The published biases of the last layers are
     not trained: the paper's nets have none.
     """
-    return _keep(pool, _required(scores), sign=-1)
+    return _keep(pool, scores, sign=-1)
 
 
 def draw_smallest(pool: Pool, epoch: int, scores: Scores | None = None) -> Selection:
     """The same with the smallest norms ("magnitude-")."""
-    return _keep(pool, _required(scores), sign=1)
+    return _keep(pool, scores, sign=1)
 
 
 def draw_random(pool: Pool, epoch: int, scores: Scores | None = None) -> Selection:
@@ -33,7 +33,8 @@ def scheme_cost(pool: Pool) -> int:
     return sum(_count(pool, name) * cost for name, cost in pool.costs.items())
 
 
-def _keep(pool: Pool, scores: Scores, sign: int) -> Selection:
+def _keep(pool: Pool, scores: Scores | None, sign: int) -> Selection:
+    assert scores is not None
     units = []
     for name in pool.shapes:
         values = scores[name].tolist()
@@ -44,9 +45,3 @@ def _keep(pool: Pool, scores: Scores, sign: int) -> Selection:
 
 def _count(pool: Pool, name: str) -> int:
     return int(pool.shapes[name].in_channels * pool.ratios[name])
-
-
-def _required(scores: Scores | None) -> Scores:
-    if scores is None:
-        raise ValueError("Sparse Update draws by the norms of the pretrained weights: wanted them as scores")
-    return scores

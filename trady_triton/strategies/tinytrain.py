@@ -13,8 +13,7 @@ def draw_by_fisher(pool: Pool, epoch: int, scores: Scores | None = None) -> Sele
     Uncertain in the source: how many channels of a layer are taken (here all that fit), whether channels are inputs or
     outputs (here inputs), and a limit on depth (here none). Its meta-training before deployment is left out.
     """
-    if scores is None:
-        raise ValueError("TinyTrain draws by Fisher information: wanted scores, see trady_triton.probes.fisher_scores")
+    assert scores is not None
     heaviest = max(shape.weights for shape in pool.shapes.values())
     busiest = max(shape.dense_flops for shape in pool.shapes.values())
 
