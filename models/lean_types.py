@@ -8,6 +8,7 @@ from timm.models.efficientformer import Attention as EfficientFormerAttention
 from timm.models.efficientvit_mit import LiteMLA
 from timm.models.eva import EvaAttention
 from timm.models.maxxvit import Attention2d, AttentionCl
+from timm.models.regnet import RegNet
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 
@@ -33,6 +34,7 @@ from trady_triton.models.norm import (
     LeanLayerNorm2d,
     LeanRmsNorm,
 )
+from trady_triton.models.regnet import LeanRegNet
 from trady_triton.nn import register_lean
 
 LEAN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
@@ -58,6 +60,7 @@ LEAN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     AttentionCl: LeanAttentionCl,
     LiteMLA: LeanLiteMLA,
     EfficientFormerAttention: LeanEfficientFormerAttention,
+    RegNet: LeanRegNet,
 }
 
 for kind, lean in LEAN_TYPES.items():

@@ -55,9 +55,11 @@ ALLOWED = {
     "rehearsal": {"torch", "batch", "microbatch", "nn", "optimizer", "plan", "slot"},
     "ledger": {"torch", "arguments", "batch", "meters", "plan", "rehearsal", "serial"},
     "promise": {"torch", "batch", "meters", "nn", "plan", "rehearsal", "slot"},
-    "search": {"torch", "batch", "budget", "nn", "plan", "policy", "promise", "ranking", "rehearsal"},
+    "trace": {"torch", "batch", "meters"},
+    "choose": {"torch", "arguments", "batch", "microbatch", "nn", "plan", "policy", "rehearsal", "trace"},
+    "search": {"torch", "batch", "budget", "choose", "plan", "policy", "promise", "ranking", "rehearsal"},
     "planner": {"torch", "arguments", "batch", "plan", "ranking", "search", "strategies"},
-    "__init__": {"delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
+    "__init__": {"choose", "delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 
 

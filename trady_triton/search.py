@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.batch import Batch, Shape, num_samples, samples_in
 from trady_triton.budget import parse_budget
-from trady_triton.nn import choose_recompute
+from trady_triton.choose import can_part, choose_recompute
 from trady_triton.plan import Plan, make_plan
 from trady_triton.policy import Policy
 from trady_triton.promise import bound
@@ -217,9 +216,7 @@ def _later_pools(ranking: Ranking, options: Mapping[str, Any]) -> Iterator[tuple
 
 def _divisions(batch_size: int, model: nn.Module, options: Mapping[str, Any]) -> list[int | None]:
     """Sizes of the micro-batch to try, None for the whole; only that where samples see each other."""
-    policy = options.get("policy", Policy())
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if norms and (policy.batch_norm == "train" or any(norm.running_mean is None for norm in norms)):
+    if not can_part(model, options.get("policy", Policy())):
         return [None]
     sizes: list[int | None] = [None]
     while batch_size > 1:

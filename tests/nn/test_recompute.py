@@ -14,9 +14,9 @@ from nets import fake_net, plan_at, random_net
 from test_exact_nets import assert_same
 from torch import Tensor, nn
 
-from trady_triton import TraDyOptimizer, apply_plan, remove_plan
+from trady_triton import TraDyOptimizer, apply_plan, choose_recompute, remove_plan
 from trady_triton.meters import peak_memory
-from trady_triton.nn.choose import blocks, choose_recompute
+from trady_triton.nn import LeanSequential, blocks
 from trady_triton.nn.recompute import recomputed
 from trady_triton.policy import Policy
 
@@ -29,14 +29,26 @@ SMALL = {
     "regnety_002": (32, {}),
     "densenet121": (32, {}),
 }
+RUNS = {  # neighbours in a Sequential, and in a RegNet over the end of a stage
+    "efficientnet_b0": ("blocks.1:3", "blocks.4.0:3", "blocks.6"),
+    "mobilenetv3_small_100": ("blocks.0:6",),
+    "regnety_002": ("1:3", "4:9"),
+    "vit_tiny_patch16_224": ("blocks.0:2", "blocks.2:4"),
+    "convnext_atto": ("stages.1:4",),
+}
 EXACT = {
     "lean": {},
     "attention": {"attention": "recompute"},
     "blocks": {"recompute": True},
     "parts": {"recompute": True, "recompute_parts": 2},
+    "runs": {"recompute": False},
+    "runs in parts": {"recompute": False, "recompute_parts": 2},
 }
 CASES = [
-    (name, policy) for name in SMALL for policy in EXACT if policy != "attention" or name.startswith(("vit", "swin"))
+    (name, policy)
+    for name in SMALL
+    for policy in EXACT
+    if (policy != "attention" or name.startswith(("vit", "swin"))) and ("runs" not in policy or name in RUNS)
 ]
 
 
@@ -71,13 +83,13 @@ def test_exact_policies_have_the_gradients_of_the_plain_net(name, policy):
     plain = random_net(name, **options)
     model, x = copy.deepcopy(plain), torch.randn(2, 3, size, size, dtype=torch.float64)
     plan = plan_at(model, x, (0.0, 0.4, 0.9))
-    chosen = {**EXACT[policy], "recompute": blocks(model) if "recompute" in EXACT[policy] else ()}
-    apply_plan(model, replace(plan, policy=Policy(**chosen)))
+    units = {True: blocks(model), False: RUNS.get(name), None: ()}[EXACT[policy].get("recompute")]
+    apply_plan(model, replace(plan, policy=Policy(**{**EXACT[policy], "recompute": units})))
     drawn = {layer: range(0, plan.shapes[layer].in_channels, 2) for layer in plan.pool}
     for layer, channels in drawn.items():
         model.get_submodule(layer).slot.set(channels)
     lean, dense = (gradients(net, x, drawn, plan.head[0]) for net in (model, plain))
-    if policy == "parts":
+    if "parts" in policy:
         assert_same(lean[0], dense[0])  # products of other sizes
     else:
         assert torch.equal(lean[0], dense[0])
@@ -126,19 +138,46 @@ def test_remove_plan_undoes_recomputation():
     assert not any("policy" in vars(module) for module in model.modules())
 
 
-def test_an_unknown_block_is_refused():
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        (("blocks.99",), r"recompute 'blocks\.99': the model has no module of that name"),
+        (("nowhere.0:2",), r"recompute 'nowhere\.0:2': the model has no module of that name"),
+        (("blocks.0.0.conv_dw.0:2",), "the model has no module of that name"),
+        (("blocks.0:8",), r"recompute 'blocks\.0:8': wanted 'i:j' with 0 <= i < j <= 7"),
+        (("blocks.3:3",), "wanted 'i:j'"),
+        (("blocks.-1:3",), "wanted 'i:j'"),
+        (("blocks.0:3", "blocks.2:4"), "runs of 'blocks' overlap at its link 2"),
+    ],
+)
+def test_an_unknown_unit_is_refused(units, message):
     model = random_net("efficientnet_b0")
     plan = plan_at(model, torch.zeros(1, 3, 32, 32, dtype=torch.float64), (0.5,))
-    with pytest.raises(ValueError, match=r"recompute 'blocks\.99'"):
-        apply_plan(model, replace(plan, policy=Policy(recompute=("blocks.99",))))
+    with pytest.raises(ValueError, match=message):
+        apply_plan(model, replace(plan, policy=Policy(recompute=units)))
+    assert not hasattr(model, "trady")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_and_pickles_of_a_chain_keep_its_runs(duplicate):
+    chain = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU())
+    chain.__class__, chain.runs = LeanSequential, ((0, 2), (2, 4))
+    twin, x = duplicate(chain), torch.randn(3, 4, requires_grad=True) * 1
+    assert kept_bytes(lambda: twin(x), twin)[1] == 2 * x.numel() * 4
+    assert torch.equal(twin(x), chain(x))
+    assert len(chain[1:]) == 3
+    assert chain[1:].runs == ()
 
 
 BARS = {  # full fine-tuning over what the chosen exact policy keeps, batch 8, 224 px, the layer at 25 % depth trained
-    "efficientnet_b0": 60,
-    "mobilenetv3_large_100": 35,
-    "swin_tiny_patch4_window7_224": 24,
-    "convnext_tiny": 19,
-    "vit_tiny_patch16_224": 14,
+    "ghostnet_100": 100,
+    "regnety_008": 100,
+    "efficientnet_b0": 100,
+    "mobilenetv3_large_100": 100,
+    "swin_tiny_patch4_window7_224": 30,
+    "convnext_tiny": 30,
+    "vit_tiny_patch16_224": 20,
+    "poolformer_s12": 41,  # as timm's checkpointing keeps
 }
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from trady_triton.nn.activation import LeanHardsigmoid, LeanHardtanh, LeanLeakyReLU, LeanReLU, LeanReLU6
-from trady_triton.nn.choose import blocks, choose_recompute
+from trady_triton.nn.chain import Chain, LeanSequential
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.dropout import LeanDropout
@@ -13,6 +13,7 @@ from trady_triton.nn.linear import LeanLinear
 from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
 from trady_triton.nn.pool import LeanAvgPool2d, LeanMaxPool2d
 from trady_triton.nn.smooth import LeanGELU, LeanHardswish, LeanSiLU
+from trady_triton.nn.units import blocks
 from trady_triton.registry import register_lean
 
 register_lean(nn.Conv2d, LeanConv2d)
@@ -33,14 +34,15 @@ register_lean(nn.RMSNorm, LeanRMSNorm)
 register_lean(nn.Dropout, LeanDropout)
 register_lean(nn.MaxPool2d, LeanMaxPool2d)
 register_lean(nn.AvgPool2d, LeanAvgPool2d)
+register_lean(nn.Sequential, LeanSequential)
 
 __all__ = [
     "AppliedPlan",
+    "Chain",
     "LeanConv2d",
     "LeanLinear",
     "apply_plan",
     "blocks",
-    "choose_recompute",
     "register_lean",
     "remove_plan",
 ]

@@ -7,6 +7,7 @@ state and another forward (as torch's lazy modules and `fully_shard` do). So nam
 from __future__ import annotations
 
 import weakref
+from collections.abc import Container
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.arguments import expect
 from trady_triton.cost import LayerShape
+from trady_triton.nn.chain import Chain, find_runs
 from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
 from trady_triton.registry import lean_type
@@ -51,7 +53,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     _check_fits(model, plan)
     trained = _trained_parameters(model, plan)
     modules = dict(model.named_modules())
-    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan))}
+    runs = find_runs(plan.policy.recompute, modules)
+    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan, runs))}
     model.trady = AppliedPlan(  # type: ignore[assignment]
         plan,
         {name: type(modules[name]) for name in swaps},
@@ -61,6 +64,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         modules[name].__class__ = lean
         if hasattr(lean, "policy"):
             modules[name].policy = plan.policy
+    for name in runs.keys() & swaps.keys():
+        modules[name].runs = runs[name]
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     _install_slots(model, plan)
@@ -81,7 +86,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name, kind in applied.classes.items():
         if isinstance(module := modules.get(name), kind):
-            for runtime in ("slot", "policy"):
+            for runtime in ("slot", "policy", "runs"):
                 module.__dict__.pop(runtime, None)
             module.__class__ = kind
     for name in applied.requires_grad.keys() & parameters.keys():
@@ -110,9 +115,7 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
     for name in plan.head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
-    for name in plan.policy.recompute:
-        if name not in modules:
-            raise ValueError(f"recompute {name!r}: the model has no module of that name")
+    find_runs(plan.policy.recompute, modules)
 
 
 def _sizes(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int, tuple[int, ...]]:
@@ -143,11 +146,13 @@ def _is_trained_norm(module: nn.Module, plan: Plan) -> bool:
     return plan.policy.batch_norm == "affine" and isinstance(module, _BatchNorm)
 
 
-def _lean_class(name: str, module: nn.Module, plan: Plan) -> type[nn.Module] | None:
+def _lean_class(name: str, module: nn.Module, plan: Plan, chains: Container[str]) -> type[nn.Module] | None:
     """The class that a module outside the head takes: lean if its type was taught, recomputed if the plan says so."""
     if any(name == head or name.startswith(head + ".") for head in plan.head):
         return None
     lean = lean_type(type(module))
+    if lean is not None and issubclass(lean, Chain) and name not in chains:
+        lean = None
     return recomputed(lean or type(module)) if name in plan.policy.recompute else lean
 
 

@@ -1,0 +1,228 @@
+"""Which parts of a network to run twice: fewest bytes kept, at the lowest peak, where that is worth a second forward.
+
+One step is traced on fake tensors, which allocate nothing (`trace`). Whatever is recomputed, what lives at any moment
+is the sum of what the forward has kept up to there and of what the running code needs. So the least kept up to a
+point is best for all that follows, and the choice is a shortest path along the forward: from point to point either as
+it is, or over a unit, which keeps its inputs alone and has to find room when it runs again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_triton.arguments import expect
+from trady_triton.batch import Shape, device_of, made_to, samples_in
+from trady_triton.microbatch import casts
+from trady_triton.nn.chain import links_of, run_name
+from trady_triton.plan import Plan
+from trady_triton.policy import Policy
+from trady_triton.rehearsal import fake_copy, train_under
+from trady_triton.trace import Call, Trace, trace_step
+
+PRICE = 0.02  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
+SLACK = 1.05  # peaks that differ by less are alike
+MOST_PARTS = 4
+SMALL_PART = 4  # samples
+
+
+def choose_recompute(
+    plan: Plan,
+    model: nn.Module,
+    input_shape: Shape,
+    scores: Mapping[str, Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Plan:
+    """The plan, with a policy that recomputes what is worth it, and in as many parts as the peak asks for. Exact.
+
+    A unit is a module of any size, or a run of a Sequential's children. The units chosen do not overlap, so nothing
+    runs more than twice. They keep the fewest bytes among all choices
+
+    - whose step peaks, to 5 %, no higher than inference, or than the lowest peak that any choice has;
+    - where every unit spares at least a fiftieth of the bytes that its forward writes, which is about its time.
+
+    If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, or fewer as long
+    as it is above twice inference's; unless the policy has a number of parts already, or samples may see each other.
+
+    Args:
+        plan: with any policy; under batch_norm "train" nothing can run twice and none is chosen.
+        model: the model of the plan; it is not touched.
+        input_shape: counts the batch, (8, 3, 224, 224), or is a mapping of tensors of the batch's shapes and dtypes.
+        scores: for the draw of epoch 0, at which all is measured, where the sampler cannot draw without.
+        autocast: dtype of torch.autocast around the forward.
+    """
+    expect("plan", plan, Plan)
+    expect("model", model, nn.Module)
+    bare = replace(plan, policy=replace(plan.policy, recompute=()))
+    if plan.policy.batch_norm == "train":
+        return bare
+    drawn = plan.sample(0, scores)
+    with fake_copy(model) as twin:
+        train_under(twin, bare, drawn)
+        inputs = made_to(input_shape, next(p for p in twin.parameters() if p.is_floating_point()))
+        with casts(device_of(inputs), autocast):
+            trace = trace_step(twin, inputs)
+        calls = [call for call in (*trace.calls, *_runs(twin, trace)) if _can_run_again(call, plan)]
+    most = min(MOST_PARTS, samples_in(input_shape)) if can_part(model, plan.policy) else 1
+    choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
+    return replace(plan, policy=replace(plan.policy, recompute=choice.names, recompute_parts=choice.parts))
+
+
+def can_part(model: nn.Module, policy: Policy) -> bool:
+    """Whether parts of a batch give the gradient of the whole: no normalisation uses the batch's own statistics."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return not norms or (policy.batch_norm != "train" and all(norm.running_mean is not None for norm in norms))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    names: tuple[str, ...]
+    parts: int
+    lowest: int  # bytes, of the peak
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A call that may run again: bytes that it keeps then, that it needs while it runs, and that it writes again."""
+
+    name: str
+    start: int
+    keeps: int
+    needs: int
+    writes: int
+
+
+# Cost and bytes kept up to a point, and the unit that ends there.
+_Way = tuple[float, float, _Unit | None]
+
+
+def _in_fewest_parts(trace: Trace, calls: list[Call], asked: int, samples: int, most: int) -> _Choice:
+    """In `asked` parts if that is more than one, otherwise in few, at most `most`."""
+    choice = _choose(trace, calls, asked)
+    if asked > 1:
+        return choice
+    while choice.lowest > SLACK * trace.inference_peak and 2 * choice.parts <= most:
+        is_small = samples < 2 * SMALL_PART * choice.parts
+        if is_small and choice.lowest <= 2 * trace.inference_peak:
+            break
+        finer = _choose(trace, calls, 2 * choice.parts)
+        if finer.lowest * SLACK > choice.lowest:
+            break
+        choice = finer
+    return choice
+
+
+def _choose(trace: Trace, calls: list[Call], parts: int) -> _Choice:
+    paths = _Paths(trace, calls, parts)
+    lowest = paths.lowest_peak()
+    limit = int(SLACK * max(lowest, trace.inference_peak))
+    names = paths.cheapest(limit, PRICE)
+    if names is None:
+        names = paths.cheapest(limit, 0.0)
+    assert names is not None
+    return _Choice(names, parts, lowest)
+
+
+class _Paths:
+    """The ways through the stretches of a trace, each as it is or inside a unit."""
+
+    def __init__(self, trace: Trace, calls: list[Call], parts: int) -> None:
+        self.stretches = trace.stretches
+        self.inference_peak = trace.inference_peak
+        self.kept = [0, *accumulate(stretch.kept for stretch in self.stretches)]
+        self.needs = [
+            max(stretch.inference, max(stretch.forward, stretch.backward) - kept)
+            for stretch, kept in zip(self.stretches, self.kept, strict=False)
+        ]
+        self.units: dict[int, list[_Unit]] = {}
+        for call in calls:
+            if self.kept[call.stop] - self.kept[call.start] > call.inputs > 0 and (parts == 1 or call.is_parted):
+                self.units.setdefault(call.stop, []).append(self._unit(call, parts))
+
+    def cheapest(self, limit: int, price: float) -> tuple[str, ...] | None:
+        """Names of the units that keep the fewest bytes, plus `price` for each that is written again, within a peak.
+
+        None if no way stays within it.
+        """
+        best: list[_Way] = [(0.0, 0.0, None)]
+        for stop, (stretch, needs) in enumerate(zip(self.stretches, self.needs, strict=True), 1):
+            cost, kept, _ = best[-1]
+            fits = kept + needs <= limit
+            ways: list[_Way] = [(cost + stretch.kept, kept + stretch.kept, None)] if fits else []
+            for unit in self.units.get(stop, ()):
+                cost, kept, _ = best[unit.start]
+                if kept + unit.needs <= limit:
+                    ways.append((cost + unit.keeps + price * unit.writes, kept + unit.keeps, unit))
+            best.append(min(ways, key=lambda way: way[0], default=(float("inf"), float("inf"), None)))
+        return None if best[-1][0] == float("inf") else tuple(dict.fromkeys(_names(best)))
+
+    def lowest_peak(self) -> int:
+        """The lowest peak of all ways, to a hundredth."""
+        low, high = 0, self.kept[-1] + max(self.needs)
+        while high - low > high // 100:
+            middle = (low + high) // 2
+            if self.cheapest(middle, 0.0) is None:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _unit(self, call: Call, parts: int) -> _Unit:
+        inside = range(call.start, call.stop)
+        kept = self.kept[call.start]
+        arrived = [i for i in inside if self.stretches[i].arrival]
+        gradients = self.stretches[arrived[-1]].arrival - self.kept[arrived[-1] + 1] if arrived else call.outputs
+        forward = max(self.stretches[i].inference for i in inside)
+        again = max(
+            gradients + max(self.stretches[i].forward for i in inside) - kept,
+            max(self.stretches[i].backward for i in inside) - kept + call.unkept,
+        )
+        if parts > 1:  # the working set is that of a part, but for whole outputs and gradients
+            before = max(call.inputs, call.before - kept)
+            forward = before + call.outputs + max(call.outputs, (forward - before) // parts)
+            fixed = gradients + call.inputs
+            again = fixed + call.inputs + max(call.inputs, (again - fixed) // parts)
+        writes = sum(self.stretches[i].written for i in inside)
+        return _Unit(call.name, call.start, call.inputs, max(forward, again), writes)
+
+
+def _names(best: list[_Way]) -> Iterator[str]:
+    """The units on the way that ends the list, first one first."""
+    found, at = [], len(best) - 1
+    while at:
+        unit = best[at][2]
+        if unit is not None:
+            found.append(unit.name)
+        at = at - 1 if unit is None else unit.start
+    return reversed(found)
+
+
+def _can_run_again(call: Call, plan: Plan) -> bool:
+    in_head = any(call.name == head or call.name.startswith(head + ".") for head in plan.head)
+    return call.name != "" and not in_head and call.is_pure
+
+
+def _runs(model: nn.Module, trace: Trace) -> Iterator[Call]:
+    """Runs of two or more links of every chain, as if each were a call."""
+    times = Counter(call.name for call in trace.calls)
+    calls = {call.name: call for call in trace.calls if times[call.name] == 1}
+    names = {module: name for name, module in model.named_modules()}
+    for chain in calls:
+        links = [_within(calls[chain], calls.get(names[link])) for link in links_of(model.get_submodule(chain))]
+        for first, start in enumerate(links):
+            for last, stop in enumerate(links[first + 1 :], first + 1):
+                if start is None or stop is None:
+                    break
+                name, is_parted = run_name(chain, first, last + 1), start.is_parted and stop.is_parted
+                yield replace(start, name=name, stop=stop.stop, outputs=stop.outputs, is_parted=is_parted)
+
+
+def _within(outer: Call, inner: Call | None) -> Call | None:
+    """The inner call, if it is a part of the outer one: a Sequential's children may be called without it."""
+    return inner if inner is not None and outer.start < inner.start and inner.stop < outer.stop else None
