@@ -205,3 +205,31 @@ def test_user_mistakes_are_named():
     apply_plan(net, make_plan(toy_ranking(net), budget=1200))
     with pytest.raises(ValueError, match="remove_plan"):
         rank_layers(net, toy_batches(), F.cross_entropy)
+
+
+class TinyLM(nn.Module):
+    """Two Linears between an embedding and an output layer that may share its weight."""
+
+    def __init__(self, *, tied):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.out = nn.Linear(4, 9, bias=False)
+        if tied:
+            self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.out(self.down(self.up(self.embed(ids)).relu())).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("tied", "head"), [(True, ()), (False, ("out",))])
+def test_an_output_layer_that_is_the_embedding_too_is_no_head(tied, head):
+    net, ids = TinyLM(tied=tied), torch.arange(8).view(2, 4)
+    ranking = rank_layers(net, [(ids, ids.flatten())], F.cross_entropy)
+    assert ranking.head == head
+    assert {layer.name for layer in ranking.layers} == {"up", "down"}
+
+
+def test_a_model_without_layers_to_rank_says_what_it_has():
+    net = nn.Sequential(nn.Conv1d(3, 3, 1), nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"Sequential has no Conv2d or Linear .* it has 2 Conv1d, 1 BatchNorm1d"):
+        rank_layers(net, toy_batches(), F.cross_entropy)

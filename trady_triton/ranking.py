@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +138,8 @@ def rank_layers(
         loss_fn: `loss_fn(model(input), target)` -> a scalar; for a model that computes its loss from the labels among
             its inputs, `lambda output, batch: output.loss`.
         head: names of the modules that fine-tuning trains whole; by default what `model.get_classifier()` returns, as
-            in timm, or else the last Conv2d or Linear of the forward.
+            in timm, or else the last Conv2d or Linear of the forward; none where that one's weight is an
+            embedding's too.
         seed: of the random state during the measurement, for losses or layers that draw.
 
     Raises:
@@ -150,6 +153,9 @@ def rank_layers(
     if hasattr(model, "trady"):
         raise ValueError("the model has a plan already: call remove_plan(model) before it is ranked")
     layers = _candidates(model)
+    if not layers:
+        raise ValueError(f"no layer to rank: {type(model).__name__} has no Conv2d or Linear with a weight of its own; "
+                         f"it has {_kinds_with_weights(model)}")  # fmt: skip
     with _borrowed(model, [layer.weight for layer in layers.values()], seed):
         return _Measurement(model, layers, head).run(batches, loss_fn)
 
@@ -161,6 +167,7 @@ class _Measurement:
         self.model, self.layers, self.head = model, layers, head
         self.shapes: dict[str, LayerShape] = {}
         self.norms: dict[str, Tensor] = {}
+        self.last = ""  # of all Conv2d and Linear that were called
 
     def run(self, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Tensor]) -> Ranking:
         hooks = [
@@ -206,20 +213,28 @@ class _Measurement:
 
         users = [m for m in self.model.modules() if id(getattr(m, "weight", None)) in owner]
         hooks = [module.register_forward_hook(record) for module in users]
+        hooks += [
+            module.register_forward_hook(partial(self._note, name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _note(self, name: str, *_: Any) -> None:
+        self.last = name
+
     def _ranking(self, steps: int) -> Ranking:
         if steps == 0:
             raise ValueError("batches is empty: at least one (input, target) is needed to rank layers")
-        head = tuple(self.head) if self.head is not None else find_head(self.model, list(self.shapes))
-        trained_whole = _inside(self.model, head)
+        head = self._default_head() if self.head is None else tuple(self.head)
+        trained_whole = _parameters_of(self.model, head)
         ranked = []
         for name, shape in self.shapes.items():
-            if name in trained_whole or name not in self.norms:
+            if id(self.layers[name].weight) in trained_whole or name not in self.norms:
                 continue
             norms = tuple(self.norms[name].double().tolist())
             if not all(map(math.isfinite, norms)):
@@ -230,6 +245,14 @@ class _Measurement:
         if not ranked:
             raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient")
         return Ranking(tuple(ranked), head, steps)
+
+    def _default_head(self) -> tuple[str, ...]:
+        """The classifier; none where its weight is an embedding's too, which to train would take a whole backward."""
+        head = find_head(self.model, [self.last])
+        whole = _parameters_of(self.model, head)
+        others = [m for m in self.model.modules() if not isinstance(m, nn.Conv2d | nn.Linear)]
+        tied = any(id(own) in whole for module in others for own in module.parameters(recurse=False))
+        return () if tied and not hasattr(self.model, "get_classifier") else head
 
 
 def channel_norms(grad: Tensor, groups: int) -> Tensor:
@@ -264,13 +287,19 @@ def _candidates(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     return {name: layer for name, layer in layers.items() if id(layer.weight) not in foreign}
 
 
-def _inside(model: nn.Module, names: Sequence[str]) -> set[str]:
-    """Names of the given modules and of everything inside them."""
+def _parameters_of(model: nn.Module, names: Sequence[str]) -> set[int]:
+    """Ids of the parameters of the given modules."""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name")
-    return {f"{name}.{inner}".rstrip(".") for name in names for inner, _ in modules[name].named_modules()}
+    return {id(parameter) for name in names for parameter in modules[name].parameters()}
+
+
+def _kinds_with_weights(model: nn.Module) -> str:
+    """ "2 Embedding, 8 Conv1D"."""
+    kinds = Counter(type(m).__name__ for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no weights"
 
 
 @contextmanager
