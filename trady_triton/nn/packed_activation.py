@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trady_triton.ops import act_pack, act_pack_, act_unpack
+from trady_triton.ops.act_pack import dense_stride
 
 Limits = tuple[float, float] | tuple[None, None]
 
@@ -24,7 +25,7 @@ class _Packed(torch.autograd.Function):
         else:
             y, code = act_pack(x, kind, bits, *limits)
         ctx.save_for_backward(code)
-        ctx.kind, ctx.bits, ctx.strides = kind, bits, torch.empty_like(y, device="meta").stride()
+        ctx.kind, ctx.bits, ctx.strides = kind, bits, dense_stride(y)
         return y
 
     @staticmethod

@@ -81,6 +81,13 @@ def _unpack_kernel(
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=offs < n)
 
 
+def dense_stride(x: torch.Tensor) -> tuple[int, ...]:
+    """The strides of empty_like(x): those of x where it is dense."""
+    if x.is_contiguous():  # no tensor is made
+        return x.stride()
+    return torch.empty_like(x, device="meta").stride()
+
+
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor as [n] in storage order."""
     return tensor.as_strided((tensor.numel(),), (1,))
@@ -144,40 +151,49 @@ def _pack_into(
     x: torch.Tensor, y: torch.Tensor, kind: str, bits: int, limits: tuple[float, float], seed: torch.Tensor | None
 ) -> torch.Tensor:
     """Write the activation of x [n] to y [n], which may be x, and return the codes."""
+    if x.numel() <= _CHUNK:
+        return _pack_chunk(x, y, kind, bits, limits, seed, 0)
     code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     for part in _chunks(x.numel()):
-        chunk, out = x[part], y[part]
-        if bits == 1:
-            clamped = chunk.clamp(*limits) if kind == "hardsigmoid" else out
-            activate_into(chunk, kind, *limits, out)
-            packed = _exact_code(clamped, *limits)
-        else:
-            packed = _smooth_code(chunk, kind, bits, seed, part.start)
-            activate_into(chunk, kind, *limits, out)
+        packed = _pack_chunk(x[part], y[part], kind, bits, limits, seed, part.start)
         code[part.start * bits // 8 :][: packed.numel()] = packed
     return code
+
+
+def _pack_chunk(
+    x: torch.Tensor, y: torch.Tensor, kind: str, bits: int, limits: tuple[float, float], seed: torch.Tensor | None,
+    start: int,
+) -> torch.Tensor:  # fmt: skip
+    """`_pack_into` of few elements, the first of which is element `start` of the whole."""
+    if bits == 1:
+        clamped = x.clamp(*limits) if kind == "hardsigmoid" else y
+        activate_into(x, kind, *limits, y)
+        return _exact_code(clamped, *limits)
+    packed = _smooth_code(x, kind, bits, seed, start)
+    activate_into(x, kind, *limits, y)
+    return packed[: code_bytes(x.numel(), bits)]
 
 
 def act_unpack_ref(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
     """What `act_unpack` computes, in torch."""
     flat = _flat(_in_layout(dy, stride))
+    if flat.numel() <= _CHUNK:
+        return _unpack_chunk(flat, code, kind, bits).as_strided(dy.shape, stride)
     dx = torch.empty_like(flat)
     for part in _chunks(dy.numel()):
         packed = code[part.start * bits // 8 : code_bytes(part.stop, bits)]
-        if bits == 1:
-            _pass_alive(flat[part], packed, EXACT[kind].slope, dx[part])
-        else:
-            d = _derivative(packed, kind, bits, torch.promote_types(dy.dtype, torch.float32))
-            dx[part] = d[: part.stop - part.start].mul_(flat[part])
+        dx[part] = _unpack_chunk(flat[part], packed, kind, bits)
     return dx.as_strided(dy.shape, stride)
 
 
-def _pass_alive(dy: torch.Tensor, code: torch.Tensor, slope: float, dx: torch.Tensor) -> None:
-    """dx = dy * slope where the bit is set, else 0; NaN and inf do not pass a cleared bit."""
-    dx.copy_(spread_bits(code)[: dy.numel()])
-    torch.ops.aten.threshold_backward(dy, dx, 0, grad_input=dx)  # far faster than torch.where on a CPU
-    if slope != 1:
-        dx.mul_(slope)
+def _unpack_chunk(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int) -> torch.Tensor:
+    """dx [n] of dy [n]; where the derivative is a bit, NaN and inf do not pass a cleared one."""
+    if bits == 1:
+        dx = spread_bits(code)[: dy.numel()].to(dy.dtype)
+        torch.ops.aten.threshold_backward.grad_input(dy, dx, 0, grad_input=dx)  # far faster than torch.where on a CPU
+        return dx if EXACT[kind].slope == 1 else dx.mul_(EXACT[kind].slope)
+    d = _derivative(code, kind, bits, torch.promote_types(dy.dtype, torch.float32))
+    return d[: dy.numel()].mul_(dy).to(dy.dtype)
 
 
 def _derivative(code: torch.Tensor, kind: str, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -232,7 +248,7 @@ def _launch_pack(
 
 
 def _pack_(x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None) -> torch.Tensor:
-    if x.stride() != torch.empty_like(x, device="meta").stride():
+    if x.stride() != dense_stride(x):
         y, code = _pack(x, kind, bits, low, high, seed)
         x.copy_(y)
         return code

@@ -118,7 +118,7 @@ def bounds(kind: str, low: float | None, high: float | None) -> tuple[float, flo
 
     Raises: ValueError for an unknown kind, or bounds where the kind has its own.
     """
-    if kind not in EXACT | SMOOTH:
+    if kind not in EXACT and kind not in SMOOTH:
         raise ValueError(f"activation: got {kind!r}, wanted one of {', '.join(EXACT | SMOOTH)}")
     if kind != "hardtanh" and not (low is None and high is None):
         raise ValueError(f"activation {kind!r}: got bounds ({low}, {high}); only 'hardtanh' takes them")
