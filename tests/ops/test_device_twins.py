@@ -35,7 +35,7 @@ def test_store(layout, memory_format, dtype, generator):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("layout", ["pixels", "planes"])
 def test_quantised_store_with_the_same_philox_bits(layout, bits, generator):
     x, seed = torch.randn(3, 72, 14, 14, generator=generator), torch.tensor([2**35 + 3])
     ours, twin = on_both(quantize_channels, x, CHANNELS, layout, bits, (1, 1), seed)

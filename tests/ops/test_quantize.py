@@ -21,7 +21,6 @@ CASES = [  # layout, shape of x, stride
     ("tokens", (3, 111, 11), (1, 1)),
     ("tokens", (40, 11), (1, 1)),
     ("pixels", (2, 11, 20, 15), (2, 1)),
-    ("taps", IMAGE, (1, 1)),
     ("planes", IMAGE, (1, 1)),
 ]
 cases = pytest.mark.parametrize(("layout", "shape", "stride"), CASES)
@@ -89,7 +88,7 @@ def test_kernel_and_twin_agree_bit_for_bit(layout, shape, stride, bits, seed, ge
 
 @both_bits
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("layout", ["pixels", "taps", "planes"])
+@pytest.mark.parametrize("layout", ["pixels", "planes"])
 def test_codes_do_not_depend_on_the_memory_format(layout, memory_format, bits, generator):
     x = sample(IMAGE, generator)
     ours = quantize_channels(x.contiguous(memory_format=memory_format), CHANNELS, layout, bits)
@@ -165,7 +164,7 @@ def test_store_keeps_the_bytes_the_formula_says(layout, shape, stride, bits):
     assert sum(t.untyped_storage().nbytes() for t in stored) == quantized_bytes(layout, size, bits)
 
 
-@pytest.mark.parametrize("layout", ["tokens", "taps", "planes"])
+@pytest.mark.parametrize("layout", ["tokens", "pixels", "planes"])
 @pytest.mark.parametrize("K", [0, 1])
 def test_none_and_one_channel(layout, K, generator):
     values, step, store = round_trip(sample((2, 5, 4, 6), generator), layout, 8, (1, 1), channels=torch.arange(K))
@@ -176,7 +175,7 @@ def test_none_and_one_channel(layout, K, generator):
 @both_bits
 def test_quantised_store_passes_opcheck(bits):
     x = torch.randn(2, 6, 3, 4)
-    opcheck(torch.ops.trady.quantize_channels, (x, torch.tensor([0, 2]), "taps", bits, [1, 1], torch.tensor([1])))
+    opcheck(torch.ops.trady.quantize_channels, (x, torch.tensor([0, 2]), "planes", bits, [1, 1], torch.tensor([1])))
     stored = quantize_channels(x, torch.tensor([0, 2]), "pixels", bits)
     opcheck(torch.ops.trady.dequantize_channels, (*stored, "pixels", bits, [2, 24], torch.float32))
 
@@ -184,6 +183,11 @@ def test_quantised_store_passes_opcheck(bits):
 def test_unknown_bits_are_named():
     with pytest.raises(ValueError, match="got 3"):
         quantize_channels(torch.ones(4, 4), torch.tensor([0]), "tokens", 3)
+
+
+def test_the_layout_of_a_single_kernel_is_not_quantised():
+    with pytest.raises(ValueError, match="got 'taps', wanted 'tokens'"):
+        quantize_channels(torch.ones(IMAGE), torch.tensor([0]), "taps", 8)
 
 
 def test_groups_do_not_share_their_range():

@@ -1,4 +1,7 @@
-"""Kernels with a torch twin each: compact stores, sparse weight gradients, fused updates, packed derivatives."""
+"""Kernels with a torch twin each: compact stores, sparse weight gradients, fused updates, packed derivatives.
+
+No lean layer calls `act_store`: an activation does not know which layer reads it. Code that has both in hand may.
+"""
 
 from trady_triton.ops.act_pack import act_pack, act_pack_, act_unpack
 from trady_triton.ops.act_store import act_store

@@ -17,56 +17,39 @@ from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_con
 from trady_triton.ops.store import empty_store, padded
 
 GROUP = 128
-_WHOLE, _HALVES, _PAIRS = 0, 1, 2  # how codes share a byte: not at all, tokens i and F + i, channels 2b and 2b + 1
 
 
 @jit(do_not_specialize=["K", "groups", "row_units", "out_units"])
 def _dequantize_kernel(
     codes_ptr, scale_ptr, zero_ptr, out_ptr, T, K, groups, row_units, out_units,
-    G: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PACKING: tl.constexpr,
-    PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
+    G: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, HALVES: tl.constexpr,
+    BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)[None, :]
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)[:, None]
     row = row_units.to(tl.int64) * UNIT
     out_row = out_units.to(tl.int64) * OUT_UNIT
-    mask = (j < (out_row if PIXEL_MAJOR else K)) & (t < T)
+    mask = (j < K) & (t < T)
     g, i = t // G, t % G
-    if PACKING == 1:
+    if HALVES:
         code = tl.load(codes_ptr + j * row + g * HALF + i % HALF, mask=mask, other=0).to(tl.int32)
         code = (code >> (i // HALF * 4).to(tl.int32)) & 15
-    elif PACKING == 2:
-        code = tl.load(codes_ptr + t * row + j // 2, mask=mask, other=0).to(tl.int32)
-        code = (code >> (j % 2 * 4).to(tl.int32)) & 15
     else:
-        code = tl.load(codes_ptr + (t * row + j if PIXEL_MAJOR else j * row + t), mask=mask, other=0).to(tl.int32)
-    where = g * out_row + j if PIXEL_MAJOR else j * groups + g
+        code = tl.load(codes_ptr + j * row + t, mask=mask, other=0).to(tl.int32)
+    where = j * groups + g
     scale = tl.load(scale_ptr + where, mask=mask, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + where, mask=mask, other=0.0).to(tl.float32)
-    at = t * out_row + j if PIXEL_MAJOR else j * out_row + t
-    tl.store(out_ptr + at, (code.to(tl.float32) * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + j * out_row + t, (code.to(tl.float32) * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def group_size(layout: str, size: Sequence[int]) -> int:
     """G, from the shape of the plain store."""
-    if layout in ("tokens", "pixels"):
-        return GROUP
-    return size[1] * size[2] if layout == "taps" else size[2] * size[3]
+    return size[2] * size[3] if layout == "planes" else GROUP
 
 
 def half_group(G: int) -> int:
     """F: tokens in each half of a group whose two halves share bytes."""
     return padded((G + 1) // 2)
-
-
-def row_stride(codes: torch.Tensor, layout: str) -> int:
-    """Bytes from one channel (pixel, for "taps") to the next."""
-    return codes.shape[3] if layout == "taps" else codes.stride(0)
-
-
-def packing(layout: str, bits: int) -> int:
-    """How codes share a byte."""
-    return _WHOLE if bits == 8 else _PAIRS if layout == "taps" else _HALVES
 
 
 def units(row: int, most: int) -> tuple[int, int]:
@@ -83,9 +66,6 @@ def dequantize_channels_ref(
     store = empty_store(codes, size, layout, dtype)
     if not store.numel():
         return store
-    if layout == "taps":
-        values = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        return store.copy_(values * scale.float()[:, None, None] + zero.float()[:, None, None])
     G, T = group_size(layout, size), math.prod(size[1:])
     if bits == 4:
         values = codes.view(*scale.shape, -1)
@@ -111,14 +91,12 @@ def dequantize_impl(
     out = empty_store(codes, size, layout, dtype)
     if not out.numel():
         return out
-    rows = size[3] if layout == "taps" else size[0]
-    T, G = out.numel() // rows, group_size(layout, size)
-    (row_units, unit), (out_units, out_unit) = (units(row_stride(t, layout), 16) for t in (codes, out))
-    config = select_config("dequantize", {"T": T, "K": rows}, dtype, Arch.of(codes.device))
-    grid = (-(-T // config.meta["BT"]), -(-rows // config.meta["BJ"]))
-    launch(_dequantize_kernel, grid, codes, scale, zero, out, T, rows, scale.shape[1], row_units, out_units,
-           config=config, G=G, HALF=half_group(G), UNIT=unit, OUT_UNIT=out_unit, PACKING=packing(layout, bits),
-           PIXEL_MAJOR=layout == "taps")  # fmt: skip
+    K, T, G = size[0], math.prod(size[1:]), group_size(layout, size)
+    (row_units, unit), (out_units, out_unit) = (units(tensor.stride(0), 16) for tensor in (codes, out))
+    config = select_config("dequantize", {"T": T, "K": K}, dtype, Arch.of(codes.device))
+    grid = (-(-T // config.meta["BT"]), -(-K // config.meta["BJ"]))
+    launch(_dequantize_kernel, grid, codes, scale, zero, out, T, K, scale.shape[1], row_units, out_units,
+           config=config, G=G, HALF=half_group(G), UNIT=unit, OUT_UNIT=out_unit, HALVES=bits == 4)  # fmt: skip
     return out
 
 

@@ -1,8 +1,8 @@
 """Quantised compact store: the layouts of store.py in 8 or 4 bits, with a scale and a zero point for every group.
 
-N images, K selected channels, H x W pixels, T tokens, Kp = K rounded up to 8.  Element (channel j, token t) belongs
+N images, K selected channels, H x W pixels, T tokens.  Element (channel j, token t) belongs
 to group g = t // G with i = t % G, and  value = code * scale + zero.  A group is G = 128 tokens of a channel in CM
-(the last may be shorter) and one image of a channel, G = H W, in CN and PM.  F = half of G rounded up to a multiple
+(the last may be shorter) and one image of a channel, G = H W, in CN.  F = half of G rounded up to a multiple
 of 8 (CM: 64).
 
 | layout           | 8 bits: uint8 codes     | 4 bits: uint8 codes                           | scale, zero |
@@ -10,13 +10,11 @@ of 8 (CM: 64).
 | "tokens"/"pixels"| [K, T], row stride      | [K, groups * F]: byte g F + i holds tokens i  | [K, groups] |
 |                  | T rounded up to 16      | (low half) and F + i of group g               |             |
 | "planes"         | [K, N, H, W]            | [K, N, F]: byte i holds pixels i and F + i    | [K, N]      |
-| "taps"           | [N, H, W, Kp]           | [N, H, W, Kp / 2]: byte b holds channels 2b   | [N, Kp]     |
-|                  |                         | (low half) and 2b + 1                         |             |
 
 scale and zero are bf16, so that no range of an activation overflows them: zero is the minimum rounded down, scale is
 (maximum - zero) / (2^bits - 1) rounded up. Codes are computed against the rounded pair, so an element errs by half a
 step (to nearest) or by less than one (stochastically), and a channel that is constant and bf16 stays exact (scale 0).
-Codes past T and channels past K are 0.  Stochastic rounding draws philox value i % 8 of counter (i // 8, j, g, 0), so
+Codes past T are 0.  Stochastic rounding draws philox value i % 8 of counter (i // 8, j, g, 0), so
 that a recomputation under checkpoint repeats it bit for bit.
 """
 
@@ -31,7 +29,7 @@ import torch.nn.functional as F
 from trady_triton.ops.dequantize import GROUP as GROUP
 from trady_triton.ops.dequantize import dequantize_channels as dequantize_channels
 from trady_triton.ops.dequantize import dequantize_channels_ref as dequantize_channels_ref
-from trady_triton.ops.dequantize import group_size, half_group, packing, row_stride, units
+from trady_triton.ops.dequantize import group_size, half_group, units
 from trady_triton.ops.dispatch import jit, launch, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.philox import random16, random16_ref
@@ -75,16 +73,12 @@ def _codes(x, mask, zero, inverse, seed_ptr, g, i0, j, TOP: tl.constexpr, BJ: tl
 def _quantize_kernel(
     x_ptr, channels_ptr, codes_ptr, scale_ptr, zero_ptr, seed_ptr, T, K, groups, row_units, sn, sp, sq, sc,
     G: tl.constexpr, HALF: tl.constexpr, PQ: tl.constexpr, Q: tl.constexpr, UNIT: tl.constexpr, TOP: tl.constexpr,
-    PACKING: tl.constexpr, PIXEL_MAJOR: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
+    HALVES: tl.constexpr, BJ: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    # codes lie at j * row + position (t * row + j when PIXEL_MAJOR) with row = row_units * UNIT
+    # codes lie at j * row + position with row = row_units * UNIT
     g = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
     row = row_units.to(tl.int64) * UNIT
-    if PIXEL_MAJOR:
-        rows = row * 2 if PACKING == 2 else row
-    else:
-        rows = K
     base = tl.load(channels_ptr + j, mask=j < K, other=0).to(tl.int64) * sc
     low = tl.full([BJ], float("inf"), tl.float32)
     high = tl.full([BJ], float("-inf"), tl.float32)
@@ -102,11 +96,11 @@ def _quantize_kernel(
     scale = ((step + 65535) & -65536).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 1e-30, scale, 0.0)
     inverse = tl.where(scale > 0.0, tl.div_rn(1.0, tl.where(scale > 0.0, scale, 1.0)), 0.0)
-    where = g * rows + j if PIXEL_MAJOR else j * groups + g
-    tl.store(scale_ptr + where, scale.to(tl.bfloat16), mask=j < rows)
-    tl.store(zero_ptr + where, zero.to(tl.bfloat16), mask=j < rows)
+    where = j * groups + g
+    tl.store(scale_ptr + where, scale.to(tl.bfloat16), mask=j < K)
+    tl.store(zero_ptr + where, zero.to(tl.bfloat16), mask=j < K)
 
-    if PACKING == 1:
+    if HALVES:
         for i0 in range(0, HALF, BT):
             i = i0 + tl.arange(0, BT)
             x, mask = _load(x_ptr, base, g, i, K, j, T, sn, sp, sq, G, PQ, Q)
@@ -114,7 +108,7 @@ def _quantize_kernel(
             x, mask = _load(x_ptr, base, g, HALF + i, K, j, T, sn, sp, sq, G, PQ, Q)
             code += _codes(x, mask, zero, inverse, seed_ptr, g, HALF + i0, j, TOP, BJ, BT) << 4
             at = j[:, None] * row + g * HALF + i[None, :]
-            tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < rows)[:, None] & (i < HALF)[None, :])
+            tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < K)[:, None] & (i < HALF)[None, :])
     else:
         for i0 in range(0, G, BT):
             i = i0 + tl.arange(0, BT)
@@ -122,20 +116,12 @@ def _quantize_kernel(
             x, mask = _load(x_ptr, base, g, i, K, j, T, sn, sp, sq, G, PQ, Q)
             code = _codes(x, mask, zero, inverse, seed_ptr, g, i0, j, TOP, BJ, BT)
             inside = (i < G) & (t < T)
-            if PACKING == 2:
-                code = tl.sum(tl.reshape(code, [BJ // 2, 2, BT]) << (tl.arange(0, 2) * 4)[None, :, None], axis=1)
-                b = tl.program_id(1).to(tl.int64) * (BJ // 2) + tl.arange(0, BJ // 2)
-                at = t[None, :] * row + b[:, None]
-                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(b < row)[:, None] & inside[None, :])
-            else:
-                at = t[None, :] * row + j[:, None] if PIXEL_MAJOR else j[:, None] * row + t[None, :]
-                tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < rows)[:, None] & inside[None, :])
+            at = j[:, None] * row + t[None, :]
+            tl.store(codes_ptr + at, code.to(tl.uint8), mask=(j < K)[:, None] & inside[None, :])
 
 
 def _rows(store: torch.Tensor, layout: str, G: int) -> torch.Tensor:
     """A plain store as [K, groups, G]; a short last group repeats its last token."""
-    if layout == "taps":
-        return store.permute(3, 0, 1, 2).flatten(2)
     if layout == "planes":
         return store.flatten(2)
     missing = -store.shape[1] % G
@@ -179,17 +165,13 @@ def quantize_channels_ref(
     scales, zeros = _parameters(rows, bits)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
     values = ((rows - zeros[..., None]) * inverse[..., None] + _noise(rows, seed)).floor_().clamp_(0, 2**bits - 1)
-    _write_codes(values.to(torch.uint8), codes, store.shape, layout, bits)
-    turn = layout == "taps"
-    return codes, scale.copy_(scales.t() if turn else scales), zero.copy_(zeros.t() if turn else zeros)
+    _write_codes(values.to(torch.uint8), codes, store.shape, bits)
+    return codes, scale.copy_(scales), zero.copy_(zeros)
 
 
-def _write_codes(values: torch.Tensor, codes: torch.Tensor, size: Sequence[int], layout: str, bits: int) -> None:
+def _write_codes(values: torch.Tensor, codes: torch.Tensor, size: Sequence[int], bits: int) -> None:
     """values [K, groups, G] into the bytes of the layout."""
-    if layout == "taps":
-        values = values.permute(1, 2, 0).unflatten(1, (size[1], size[2]))  # [N, H, W, Kp]
-        codes.copy_(values if bits == 8 else values[..., 0::2] | values[..., 1::2] << 4)
-    elif bits == 8:
+    if bits == 8:
         codes.copy_(values.flatten(1)[:, : size[1]] if len(size) == 2 else values.view(size))
     else:
         if len(size) == 2:
@@ -202,10 +184,7 @@ def _write_codes(values: torch.Tensor, codes: torch.Tensor, size: Sequence[int],
 def _empty_codes(x: torch.Tensor, size: Sequence[int], layout: str, bits: int) -> Quantized:
     """Unwritten codes, scale and zero for a plain store of shape `size`."""
     half = half_group(group_size(layout, size))
-    if layout == "taps":
-        codes = x.new_empty(*size[:3], size[3] * bits // 8, dtype=torch.uint8)
-        parameters = (size[0], size[3])
-    elif layout == "planes":
+    if layout == "planes":
         codes = x.new_empty(size if bits == 8 else (size[0], size[1], half), dtype=torch.uint8)
         parameters = (size[0], size[1])
     else:
@@ -234,15 +213,14 @@ def _quantize(
     codes, scale, zero = _empty_codes(x, size, layout, bits)
     if not codes.numel():
         return codes, scale, zero
-    rows = size[3] if layout == "taps" else K
-    T, G = math.prod(size) // rows, group_size(layout, size)
-    groups = scale.shape[0 if layout == "taps" else 1]
+    T, G = math.prod(size[1:]), group_size(layout, size)
     PQ, Q, sn, sp, sq, sc = source_strides(x, layout, stride)
-    row_units, unit = units(row_stride(codes, layout), 16)
+    row_units, unit = units(codes.stride(0), 16)
     config = select_config("quantize", {"T": T, "K": K, "bits": bits}, x.dtype, Arch.of(x.device))
-    launch(_quantize_kernel, (groups, -(-rows // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K,
+    groups = scale.shape[1]
+    launch(_quantize_kernel, (groups, -(-K // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K,
            groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=half_group(G), PQ=PQ, Q=Q, UNIT=unit,
-           TOP=2**bits - 1, PACKING=packing(layout, bits), PIXEL_MAJOR=layout == "taps")  # fmt: skip
+           TOP=2**bits - 1, HALVES=bits == 4)  # fmt: skip
     return codes, scale, zero
 
 
@@ -267,9 +245,11 @@ def quantize_channels(
     """(codes, scale, zero) of the selected channels of x, as the table above; arguments as for `store_channels`.
 
     bits: 8 or 4.   seed: int64 of one element; rounds stochastically (unbiased), else to nearest.
-    Raises: ValueError for bits that are not there, and what `store_channels` raises.
+    Raises: ValueError for bits or a layout that are not there, and what `store_channels` raises.
     """
     check_store_arguments(x, layout, stride)
+    if layout == "taps":
+        raise ValueError("layout of a quantised store: got 'taps', wanted 'tokens', 'pixels' or 'planes'")
     if bits not in BITS:
         raise ValueError(f"bits of a quantised store: got {bits}, wanted 8 or 4")
     codes, scale, zero = _op(x, channels, layout, bits, stride, seed)
@@ -279,8 +259,6 @@ def quantize_channels(
 def quantized_bytes(layout: str, size: Sequence[int], bits: int) -> int:
     """Bytes of codes, scale and zero for a plain store of shape `size`."""
     G = group_size(layout, size)
-    if layout == "taps":
-        return math.prod(size) * bits // 8 + 4 * size[0] * size[3]
     if layout == "planes":
         return size[0] * size[1] * ((G if bits == 8 else half_group(G)) + 4)
     groups = -(-size[1] // GROUP)

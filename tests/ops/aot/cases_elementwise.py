@@ -58,7 +58,7 @@ def update(algorithm, weight, stochastic=False, momentum=False, corrected=False)
     }
     signature |= {"corrections_ptr": "*fp64"} if corrected else {}
     signature |= {"seed_ptr": "*i64"} if stochastic else {}
-    signature |= {"weight_ptr": f"*{weight}", "grad_ptr": "*fp32", "state_ptr": "*fp32", "ids_ptr": "*i32"}
+    signature |= {"weight_ptr": f"*{weight}", "grad_ptr": "*fp32", "state_ptr": "*fp32", "ids_ptr": "*i64"}
     constants = {"ADAMW": algorithm == "adamw", "MOMENTUM": momentum, "NESTEROV": False, "STOCHASTIC": stochastic}
     constants["COMPUTE"] = tl.float32
     name = f"scatter_update {algorithm} {weight}" + " momentum" * momentum + " stochastic" * stochastic

@@ -15,7 +15,7 @@ CI = {("bf16", 56, 3, 1, "nchw"), ("bf16", 7, 5, 1, "nchw")}
 def common(size, kernel, stride, layout, dtype, codes):
     """Output size, signature, constants and aligned arguments that both kernels share."""
     P = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    signature = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32", "channels_ptr": "*i32"}
+    signature = {"x_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}", "out_ptr": "*fp32", "channels_ptr": "*i64"}
     if codes:
         signature |= {"x_ptr": "*u8", "scale_ptr": "*bf16", "zero_ptr": "*bf16"}
     signature |= dict.fromkeys(("N", "C_GROUP", "M", "image", "pixel", "steps"), "i32")

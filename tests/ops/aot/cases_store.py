@@ -3,7 +3,7 @@
 import torch
 from harness import Case
 
-from trady_triton.ops.dequantize import _dequantize_kernel
+from trady_triton.ops.dequantize import GROUP, _dequantize_kernel, half_group
 from trady_triton.ops.quantize import _quantize_kernel
 from trady_triton.ops.select_config import Arch, select_config
 from trady_triton.ops.store import _store_kernel
@@ -29,7 +29,7 @@ def copy(name, pixel_major):
     return Case(
         f"store {name} {'pixel' if pixel_major else 'channel'}-major",
         _store_kernel,
-        {"x_ptr": "*bf16", "channels_ptr": "*i32", "out_ptr": "*bf16", **RUN_TIME, "so": "i32", **strides},
+        {"x_ptr": "*bf16", "channels_ptr": "*i64", "out_ptr": "*bf16", **RUN_TIME, "so": "i32", **strides},
         {**constants, "UNIT": 8, "PIXEL_MAJOR": pixel_major, **config.meta},
         aligned=("x_ptr", "channels_ptr", "out_ptr", "T", *aligned),
         num_warps=config.num_warps,
@@ -38,26 +38,24 @@ def copy(name, pixel_major):
     )
 
 
-def quantize(name, bits, layout, stochastic):
+def quantize(name, bits, G, stochastic):
     config = select_config("quantize", {"T": 25088, "K": 48, "bits": bits}, torch.bfloat16, Arch("sm_90"))
     strides, constants, aligned = source(name)
     signature = {
         "x_ptr": "*bf16",
-        "channels_ptr": "*i32",
+        "channels_ptr": "*i64",
         "codes_ptr": "*u8",
         "scale_ptr": "*bf16",
         "zero_ptr": "*bf16",
     }
     signature |= {"seed_ptr": "*i64"} if stochastic else {}
     signature |= {**RUN_TIME, "groups": "i32", "row_units": "i32", **strides}
-    G = 128 if layout == "channel" else constants["PQ"]
-    constants |= {"G": G, "HALF": (G + 15) // 16 * 8, "UNIT": 16 if layout == "channel" else 8, "TOP": 2**bits - 1}
-    packing = 0 if bits == 8 else 1 if layout == "channel" else 2
+    constants |= {"G": G, "HALF": half_group(G), "UNIT": 16, "TOP": 2**bits - 1, "HALVES": bits == 4}
     return Case(
-        f"quantize {name} {layout}-major int{bits}" + " stochastic" * stochastic,
+        f"quantize {name} int{bits} groups of {G}" + " stochastic" * stochastic,
         _quantize_kernel,
         signature,
-        {**constants, "PACKING": packing, "PIXEL_MAJOR": layout == "pixel", **config.meta},
+        {**constants, **config.meta},
         aligned=(*tuple(name for name in signature if name.endswith("_ptr")), "T", *aligned),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -65,16 +63,15 @@ def quantize(name, bits, layout, stochastic):
     )
 
 
-def dequantize(bits, layout, G):
+def dequantize(bits, G):
     config = select_config("dequantize", {"T": 25088, "K": 48}, torch.bfloat16, Arch("sm_90"))
     pointers = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "zero_ptr": "*bf16", "out_ptr": "*bf16"}
-    constants = {"G": G, "HALF": (G + 15) // 16 * 8, "UNIT": 16 if layout == "channel" else 8, "OUT_UNIT": 8}
-    packing = 0 if bits == 8 else 1 if layout == "channel" else 2
+    constants = {"G": G, "HALF": half_group(G), "UNIT": 16, "OUT_UNIT": 16, "HALVES": bits == 4}
     return Case(
-        f"dequantize {layout}-major int{bits} groups of {G}",
+        f"dequantize int{bits} groups of {G}",
         _dequantize_kernel,
         {**pointers, **dict.fromkeys(("T", "K", "groups", "row_units", "out_units"), "i32")},
-        {**constants, "PACKING": packing, "PIXEL_MAJOR": layout == "pixel", **config.meta},
+        {**constants, **config.meta},
         aligned=(*pointers, "T"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -82,6 +79,6 @@ def dequantize(bits, layout, G):
 
 
 CASES = [copy(name, pixel_major) for name in SOURCES for pixel_major in (False, True)]
-CASES += [quantize("tokens", bits, "channel", stochastic) for bits in (8, 4) for stochastic in (False, True)]
-CASES += [quantize("nchw56", bits, layout, True) for bits in (8, 4) for layout in ("channel", "pixel")]
-CASES += [dequantize(bits, *layout) for bits in (8, 4) for layout in (("channel", 128), ("pixel", 3136))]
+CASES += [quantize("tokens", bits, GROUP, stochastic) for bits in (8, 4) for stochastic in (False, True)]
+CASES += [quantize("nchw56", bits, G, True) for bits in (8, 4) for G in (GROUP, 56 * 56)]
+CASES += [dequantize(bits, G) for bits in (8, 4) for G in (GROUP, 56 * 56)]
