@@ -18,7 +18,7 @@ from unittest.mock import patch
 import timm
 import torch
 import triton
-from harness import TARGETS, nvidia_usage
+from harness import TARGETS, registers_and_stack
 from nn.nets import shapes_in_order
 from pretended import pretended_cuda
 from torch.utils._python_dispatch import _disable_current_modes
@@ -142,7 +142,7 @@ def compile_variant(number):
         binary = triton.compile(source, target=TARGETS["sm_90"], options=options.__dict__)
     except Exception as error:  # every variant is to be heard of
         return [f"{name}: {error!r}"]
-    spilled = nvidia_usage(binary)[1]
+    spilled = registers_and_stack(binary)[1]
     return [f"{name}: {spilled} bytes of spills"] if spilled else []
 
 

@@ -95,7 +95,7 @@ def compile_case(case, target):
     stages = min(case.num_stages, 2) if target == "gfx942" else case.num_stages
     options = {"num_warps": case.num_warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=TARGETS[target], options=options)
-    usage = _amd_usage(binary) if target == "gfx942" else nvidia_usage(binary)
+    usage = _amd_usage(binary) if target == "gfx942" else _nvidia_usage(binary)
     registers, spill_bytes, code = usage
     return {
         "case": case.name,
@@ -118,20 +118,26 @@ def _amd_usage(binary):
     return vgprs, max(4 * spilled, private), code
 
 
-def nvidia_usage(binary):
-    """(registers, bytes of spills, SASS) of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("cuobjdump", "--dump-sass", file.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+def _nvidia_usage(binary):
+    code = _cuobjdump(binary, "--dump-sass")
+    registers, stack = registers_and_stack(binary)
     local = len(re.findall(r"\b(LDL|STL)\b", code))
     return registers, max(stack, 4 * local), code
 
 
-def _tool(name, *arguments):
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+def registers_and_stack(binary):
+    """(registers, bytes of stack) of a thread of a kernel compiled for NVIDIA's; what spills lies on the stack."""
+    usage = _cuobjdump(binary, "--dump-resource-usage")
+    return tuple(int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+
+
+def _cuobjdump(binary, option):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [TOOLS / "cuobjdump", option, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def _compile_named(arguments):
