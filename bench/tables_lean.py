@@ -26,7 +26,7 @@ from trady_triton.bench.tables import markdown, wide_console
 from trady_triton.cost import CostModel, LayerShape, measure_call
 from trady_triton.meters import KeptBytes, peak_memory
 from trady_triton.ranking import find_head
-from trady_triton.registry import lean_type
+from trady_triton.registry import is_trainable
 from trady_triton.rehearsal import fake_copy, train_under
 
 README = Path("trady_triton/nn/README.md")
@@ -92,7 +92,7 @@ def plan_at(model: nn.Module, shape: tuple[int, ...], depth: float) -> Plan:
     shapes: dict[str, LayerShape] = {}
     with fake_copy(model) as twin, torch.no_grad():
         for name, module in twin.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and lean_type(type(module)):
+            if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(type(module)):
                 module.register_forward_hook(_recorder(name, shapes, shape[0]))
         twin.eval()(torch.empty(shape))
     head = find_head(model, list(shapes))

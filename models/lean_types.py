@@ -1,67 +1,63 @@
-"""timm's layer types and their lean classes, taught to the library when this file is imported."""
+"""Layer types of timm and torchvision and their lean classes, taught to the library when this file is imported."""
 
-import timm.layers
+import timm.layers as layers
+import torchvision.models.convnext
+import torchvision.ops.misc
+from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
 from timm.models._efficientnet_blocks import SqueezeExcite
-from timm.models.efficientformer import Attention as EfficientFormerAttention
-from timm.models.efficientvit_mit import LiteMLA
-from timm.models.eva import EvaAttention
-from timm.models.maxxvit import Attention2d, AttentionCl
 from timm.models.regnet import RegNet
-from timm.models.swin_transformer import WindowAttention
-from torch import nn
+from torch import Tensor, nn
 
 from trady_triton.models.activation import LeanGELU, LeanGELUTanh
-from trady_triton.models.attention import (
-    LeanAttention,
-    LeanAttention2d,
-    LeanAttentionCl,
-    LeanEfficientFormerAttention,
-    LeanEvaAttention,
-    LeanLiteMLA,
-    LeanWindowAttention,
-)
-from trady_triton.models.gate import LeanEffectiveSEModule, LeanSEModule, LeanSqueezeExcite
 from trady_triton.models.layers import LeanAvgPool2dSame, LeanConv2dSame
 from trady_triton.models.mlp import LeanGluMlp
-from trady_triton.models.norm import (
-    LeanBatchNormAct2d,
-    LeanGlobalResponseNorm,
-    LeanGroupNorm,
-    LeanGroupNorm1,
-    LeanLayerNorm,
-    LeanLayerNorm2d,
-    LeanRmsNorm,
-)
+from trady_triton.models.norm import LeanBatchNormAct2d, LeanLayerNorm, LeanLayerNorm2d
 from trady_triton.models.regnet import LeanRegNet
 from trady_triton.nn import register_lean
+from trady_triton.nn.affine import affine
+from trady_triton.nn.packed import normalized, packed
 
-LEAN_TYPES: dict[type[nn.Module], type[nn.Module]] = {
-    timm.layers.Conv2dSame: LeanConv2dSame,
-    timm.layers.AvgPool2dSame: LeanAvgPool2dSame,
-    timm.layers.GluMlp: LeanGluMlp,
-    timm.layers.BatchNormAct2d: LeanBatchNormAct2d,
-    timm.layers.LayerNorm: LeanLayerNorm,
-    timm.layers.LayerNorm2d: LeanLayerNorm2d,
-    timm.layers.GroupNorm: LeanGroupNorm,
-    timm.layers.GroupNorm1: LeanGroupNorm1,
-    timm.layers.RmsNorm: LeanRmsNorm,
-    GlobalResponseNorm: LeanGlobalResponseNorm,
-    timm.layers.GELU: LeanGELU,
-    timm.layers.GELUTanh: LeanGELUTanh,
-    SqueezeExcite: LeanSqueezeExcite,
-    SEModule: LeanSEModule,
-    EffectiveSEModule: LeanEffectiveSEModule,
-    timm.layers.Attention: LeanAttention,
-    EvaAttention: LeanEvaAttention,
-    WindowAttention: LeanWindowAttention,
-    Attention2d: LeanAttention2d,
-    AttentionCl: LeanAttentionCl,
-    LiteMLA: LeanLiteMLA,
-    EfficientFormerAttention: LeanEfficientFormerAttention,
+WRITTEN: dict[type[nn.Module], type[nn.Module]] = {
+    layers.Conv2dSame: LeanConv2dSame,
+    layers.AvgPool2dSame: LeanAvgPool2dSame,
+    layers.GluMlp: LeanGluMlp,
+    layers.BatchNormAct2d: LeanBatchNormAct2d,
+    layers.LayerNorm: LeanLayerNorm,
+    layers.LayerNorm2d: LeanLayerNorm2d,
+    layers.GELU: LeanGELU,
+    layers.GELUTanh: LeanGELUTanh,
     RegNet: LeanRegNet,
 }
+AFFINE = (
+    layers.StdConv2d, layers.StdConv2dSame, layers.ScaledStdConv2d, layers.ScaledStdConv2dSame, layers.BlurPool2d,
+)  # fmt: skip
+PACKED = (
+    # norms of an image
+    layers.GroupNorm, layers.GroupNorm1, layers.GroupNormAct, layers.GroupNorm1Act, layers.RmsNorm2d,
+    layers.RmsNormAct2d, layers.SimpleNorm2d, layers.LayerNormAct2d, layers.FilterResponseNormAct2d,
+    layers.FilterResponseNormTlu2d, layers.EvoNorm2dS0, layers.EvoNorm2dS0a, layers.EvoNorm2dS1, layers.EvoNorm2dS2,
+    torchvision.models.convnext.LayerNorm2d,
+    # gates
+    SqueezeExcite, layers.SEModule, layers.EffectiveSEModule, layers.EcaModule, layers.CecaModule, layers.GatherExcite,
+    layers.GlobalContext, ChannelAttn, SpatialAttn, torchvision.ops.misc.SqueezeExcitation,
+    # activations
+    layers.Mish, layers.QuickGELU, layers.Sigmoid, layers.Tanh,
+)  # fmt: skip
+PACKED_ROWS = (layers.RmsNorm, layers.RmsNormAct, layers.SimpleNorm, layers.LayerNormAct)
 
-for kind, lean in LEAN_TYPES.items():
+
+def image_dims(module: GlobalResponseNorm, x: Tensor) -> tuple[int, ...]:
+    """Where ConvNeXt V2's normalisation finds the pixels of a channel."""
+    return module.spatial_dim
+
+
+for kind, lean in WRITTEN.items():
     register_lean(kind, lean)
+for kind in AFFINE:
+    register_lean(kind, affine(kind))
+for kind in PACKED:
+    register_lean(kind, packed(kind))
+for kind in PACKED_ROWS:
+    register_lean(kind, packed(kind, normalized))
+register_lean(GlobalResponseNorm, packed(GlobalResponseNorm, image_dims))

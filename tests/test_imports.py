@@ -116,8 +116,8 @@ def test_benchmarks_build_on_the_library_and_models_and_not_on_the_app():
         assert "app" not in imported(file), file
 
 
-def test_models_build_on_timm_and_the_lower_rooms():
-    allowed = {"torch", "timm", "safetensors", "trady_triton"}
+def test_models_build_on_timm_torchvision_and_the_lower_rooms():
+    allowed = {"torch", "timm", "torchvision", "safetensors", "trady_triton"}
     for file in (ROOT / "models").rglob("*.py"):
         assert imported(file) <= {
             *allowed,

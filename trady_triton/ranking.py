@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trady_triton.arguments import expect
 from trady_triton.batch import call, check_loss, num_samples, pair
 from trady_triton.cost import CostModel, LayerShape, measure_call
-from trady_triton.registry import lean_type
+from trady_triton.registry import is_trainable
 from trady_triton.serial import read_json, write_json
 
 
@@ -279,7 +279,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     layers: dict[str, nn.Conv2d | nn.Linear] = {}
     foreign: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and lean_type(type(module)) is not None:
+        if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(type(module)):
             if all(layer.weight is not module.weight for layer in layers.values()):
                 layers[name] = module
         else:

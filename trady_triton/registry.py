@@ -39,6 +39,11 @@ def lean_type(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _LEAN.get(kind)
 
 
+def is_trainable(kind: type[nn.Module]) -> bool:
+    """Whether channels of modules of that exact type may be drawn: its lean class has a slot for them."""
+    return hasattr(lean_type(kind), "slot")
+
+
 def plain_forward(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) by the type that it had before it became lean: what autograd keeps is torch's choice."""
     plain = next((kind for kind, lean in _LEAN.items() if isinstance(module, lean)), None)

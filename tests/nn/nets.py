@@ -16,7 +16,7 @@ import trady_triton.models  # noqa: F401  teaches timm's types
 from trady_triton.cost import CostModel, LayerShape, measure_call
 from trady_triton.plan import Plan
 from trady_triton.ranking import find_head
-from trady_triton.registry import lean_type
+from trady_triton.registry import is_trainable
 
 
 def random_net(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
@@ -43,7 +43,7 @@ def fake_net(model: nn.Module) -> Iterator[nn.Module]:
 def shapes_in_order(model: nn.Module, x: Tensor) -> dict[str, LayerShape]:
     """Sizes of every layer of a taught type outside the head, in the order of the forward."""
     shapes: dict[str, LayerShape] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and lean_type(type(m))}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and is_trainable(type(m))}
 
     def recorder(name: str) -> Any:
         def record(module: nn.Conv2d | nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:

@@ -36,6 +36,10 @@ MODULES = {
     "avgpool-ceil": (nn.AvgPool2d(2, ceil_mode=True), 0),
     "avgpool-same": (timm.layers.AvgPool2dSame(3, 2), 0),
     "dropout": (nn.Dropout(0.5), 0),
+    "std-conv": (timm.layers.StdConv2d(8, 4, 3, stride=2, padding=1), 0),
+    "scaled-std-conv": (timm.layers.ScaledStdConv2dSame(8, 4, 3, stride=2, groups=2), 0),
+    "transposed-conv": (nn.ConvTranspose2d(8, 4, 3, stride=2), 0),
+    "blur-pool": (timm.layers.BlurPool2d(8), 0),
 }
 each_module = pytest.mark.parametrize(("module", "promised"), MODULES.values(), ids=MODULES.keys())
 

@@ -8,15 +8,17 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import timm
 import torch
 from kept import kept_bytes
 from nets import fake_net, plan_at, random_net
 from test_exact_nets import assert_same
 from torch import Tensor, nn
 
-from trady_triton import TraDyOptimizer, apply_plan, choose_recompute, remove_plan
-from trady_triton.meters import peak_memory
+from trady_triton import TraDyOptimizer, apply_plan, choose_recompute, make_plan, rank_layers, remove_plan
+from trady_triton.meters import KeptBytes, peak_memory
 from trady_triton.nn import LeanSequential, blocks
+from trady_triton.nn.attention import attention_modules
 from trady_triton.nn.recompute import recomputed
 from trady_triton.policy import Policy
 
@@ -238,6 +240,59 @@ def test_parts_of_a_tuple_are_refused():
     module.policy = Policy(recompute_parts=2)
     with pytest.raises(TypeError, match=r"recompute_parts 2: .*Pair returns tuple, wanted a tensor"):
         module(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", None])
+def test_a_cache_is_refused_by_name(name):
+    class Cache:
+        def update(self, x: Tensor) -> Tensor:
+            return x
+
+    class Cached(nn.Linear):
+        def forward(self, x: Tensor, past_key_values: Cache) -> Tensor:
+            return super().forward(past_key_values.update(x))
+
+    module, x = recomputed_copy(Cached(3, 3)), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"Cached is recomputed but is given a Cache, .*use_cache = False"):
+        module(x, **{name: Cache()}) if name else module(x, Cache())
+    with torch.no_grad():
+        module(x, Cache())
+
+
+ATTENTION = {  # how many, and the options of a small net
+    "vit_tiny_patch16_224": (2, {"depth": 2}),
+    "cait_xxs24_224": (3, {"depth": 1}),
+    "xcit_nano_12_p16_224": (3, {"depth": 1}),
+    "maxvit_pico_rw_256": (22, {}),
+    "davit_tiny": (8, {"depths": (1, 1, 1, 1)}),
+    "efficientvit_b0": (4, {}),
+    "resnet18": (0, {}),
+}
+
+
+@pytest.mark.parametrize(("name", "count", "options"), [(name, *case) for name, case in ATTENTION.items()])
+def test_attention_is_found_whoever_wrote_it(name, count, options):
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    found = attention_modules(model)
+    assert len(found) == count
+    assert all(any(isinstance(m, nn.Linear | nn.Conv2d) for m in model.get_submodule(n).modules()) for n in found)
+
+
+def test_a_policy_recomputes_attention_of_any_type():
+    net = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    x = torch.randn(2, 5, 8)
+    ranking = rank_layers(net, [(x, None)], lambda y, _: y.square().sum())
+    plan = make_plan(ranking, budget="1MiB", layers=["0"])
+    kept = {}
+    for attention in ("keep", "recompute"):
+        model = apply_plan(copy.deepcopy(net).eval(), replace(plan, policy=Policy(attention=attention)))
+        model[0].slot.set(range(8))
+        with KeptBytes(model) as books:
+            y = model(x)
+        kept[attention] = books.by_layer["1.self_attn"]
+        del y
+    assert kept["recompute"] == x.numel() * 4 < kept["keep"]
 
 
 def recomputed_copy(module: nn.Module) -> nn.Module:

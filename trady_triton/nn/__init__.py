@@ -3,14 +3,15 @@
 from torch import nn
 
 from trady_triton.nn.activation import LeanHardsigmoid, LeanHardtanh, LeanLeakyReLU, LeanReLU, LeanReLU6
+from trady_triton.nn.affine import affine
 from trady_triton.nn.chain import Chain, LeanSequential
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.dropout import LeanDropout
-from trady_triton.nn.group_norm import LeanGroupNorm, LeanRMSNorm
 from trady_triton.nn.layer_norm import LeanLayerNorm
 from trady_triton.nn.linear import LeanLinear
 from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
+from trady_triton.nn.packed import normalized, packed
 from trady_triton.nn.pool import LeanAvgPool2d, LeanMaxPool2d
 from trady_triton.nn.smooth import LeanGELU, LeanHardswish, LeanSiLU
 from trady_triton.nn.units import blocks
@@ -29,12 +30,18 @@ register_lean(nn.SiLU, LeanSiLU)
 register_lean(nn.GELU, LeanGELU)
 register_lean(nn.Hardswish, LeanHardswish)
 register_lean(nn.LayerNorm, LeanLayerNorm)
-register_lean(nn.GroupNorm, LeanGroupNorm)
-register_lean(nn.RMSNorm, LeanRMSNorm)
+register_lean(nn.GroupNorm, packed(nn.GroupNorm))
+register_lean(nn.RMSNorm, packed(nn.RMSNorm, normalized))
 register_lean(nn.Dropout, LeanDropout)
 register_lean(nn.MaxPool2d, LeanMaxPool2d)
 register_lean(nn.AvgPool2d, LeanAvgPool2d)
 register_lean(nn.Sequential, LeanSequential)
+_AFFINE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_PACKED: tuple[type[nn.Module], ...] = (nn.ELU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh)
+for _kind in _AFFINE:
+    register_lean(_kind, affine(_kind))  # type: ignore[arg-type]
+for _kind in _PACKED:
+    register_lean(_kind, packed(_kind))  # type: ignore[arg-type]
 
 __all__ = [
     "AppliedPlan",

@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.arguments import expect
 from trady_triton.cost import LayerShape
+from trady_triton.nn.attention import attention_modules
 from trady_triton.nn.chain import Chain, find_runs
 from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
-from trady_triton.registry import lean_type
+from trady_triton.registry import is_trainable, lean_type
 from trady_triton.slot import ChannelSlot, Pool, attach_pool, detach_pool
 
 
@@ -53,8 +54,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     _check_fits(model, plan)
     trained = _trained_parameters(model, plan)
     modules = dict(model.named_modules())
-    runs = find_runs(plan.policy.recompute, modules)
-    swaps = {name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan, runs))}
+    runs, attention = find_runs(plan.policy.recompute, modules), attention_modules(model)
+    swaps = {
+        name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan, runs, attention))
+    }
     model.trady = AppliedPlan(  # type: ignore[assignment]
         plan,
         {name: type(modules[name]) for name in swaps},
@@ -105,7 +108,7 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
             inner = next((own for own in WRAPPERS if f"{own}.{name}" in modules), None)
             hint = f"give the model itself, which this one wraps as .{inner}" if inner else "rank this model"
             raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, found {found}; {hint}")
-        if lean_type(type(module)) is None:
+        if not is_trainable(type(module)):
             raise ValueError(f"layer {name!r}: nobody taught a lean form of {type(module).__name__}; see register_lean")
         found_sizes, wanted = _sizes(module), _planned_sizes(shape)
         if found_sizes != wanted:
@@ -146,14 +149,21 @@ def _is_trained_norm(module: nn.Module, plan: Plan) -> bool:
     return plan.policy.batch_norm == "affine" and isinstance(module, _BatchNorm)
 
 
-def _lean_class(name: str, module: nn.Module, plan: Plan, chains: Container[str]) -> type[nn.Module] | None:
-    """The class that a module outside the head takes: lean if its type was taught, recomputed if the plan says so."""
+def _lean_class(
+    name: str, module: nn.Module, plan: Plan, chains: Container[str], attention: Container[str]
+) -> type[nn.Module] | None:
+    """The class that a module outside the head takes: lean if its type was taught, recomputed if the plan says so.
+
+    Attention that the policy keeps takes its own: it is known, so the ledger does not call it untaught.
+    """
     if any(name == head or name.startswith(head + ".") for head in plan.head):
         return None
-    lean = lean_type(type(module))
+    policy, lean = plan.policy, lean_type(type(module))
     if lean is not None and issubclass(lean, Chain) and name not in chains:
         lean = None
-    return recomputed(lean or type(module)) if name in plan.policy.recompute else lean
+    if name in policy.recompute or (name in attention and policy.attention == "recompute"):
+        return recomputed(lean or type(module))  # type: ignore[arg-type]
+    return type(module) if lean is None and name in attention else lean
 
 
 def _install_slots(model: nn.Module, plan: Plan) -> None:

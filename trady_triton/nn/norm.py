@@ -52,8 +52,8 @@ def lean_batch_norm(module: _BatchNorm, x: Tensor, policy: Policy) -> Tensor | N
         y: Tensor = _FrozenBatchNorm.apply(x, mean, var, module.weight, module.bias, module.eps)
         return y
 
-    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, module.eps)
+    def run(x: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, module.weight, module.bias, False, 0.0, module.eps)
 
     return packed_call(run, x, planes(x), policy, module.weight, module.bias)
 

@@ -8,68 +8,116 @@ Kept: the code [N, ...] uint8, and of each row its lowest value and the step of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from trady_triton.nn.made import made
 from trady_triton.nn.parts import parts
 from trady_triton.policy import Policy
 
-Run = Callable[..., Tensor]
+Run = Callable[[Tensor], Tensor]
+Dims = tuple[int, ...]
 
 
 class _PackedInput(torch.autograd.Function):
-    """y = run(x, *parameters)."""
+    """y = run(x), where run uses the `trained` tensors as well."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Run, dims: tuple[int, ...], *parameters: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*encode(x, dims), *parameters)
+    def forward(ctx: Any, x: Tensor, run: Run, dims: Dims, *trained: Tensor) -> Tensor:
+        ctx.save_for_backward(*encode(x, dims), *trained)
         ctx.run, ctx.dtype = run, x.dtype
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        return run(x, *parameters)
+        return run(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        code, low, step, *parameters = ctx.saved_tensors
-        leaves = [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in parameters]
-        trained = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        code, low, step, *trained = ctx.saved_tensors
         dx = torch.empty_like(code, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
-        sums = [torch.zeros_like(leaf) for leaf in trained]
+        sums = [torch.zeros_like(tensor) for tensor in trained]
         for number, (dy_part, *packed) in enumerate(parts(dy, code, low, step)):
             x = decode(*packed).to(ctx.dtype).requires_grad_(dx is not None)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
-                y = ctx.run(x, *leaves)
+                y = ctx.run(x)
             wanted = trained if dx is None else [*trained, x]
             grads = torch.autograd.grad(y, wanted, dy_part)
             for total, grad in zip(sums, grads, strict=False):
                 total += grad
             if dx is not None:
                 dx.chunk(8)[number].copy_(grads[-1])
-        found = iter(sums)
-        return dx, None, None, *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+        return dx, None, None, *sums
 
 
-def packed_call(run: Run, x: Tensor, dims: tuple[int, ...], policy: Policy, *parameters: Tensor | None) -> Tensor:
-    """run(x, *parameters), keeping x [N, ...] exactly or packed, as the policy allows; `dims` exclude dimension 0."""
-    tensors = (x, *(parameter for parameter in parameters if parameter is not None))
-    if policy.is_exact or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-        return run(x, *parameters)
-    y: Tensor = _PackedInput.apply(x, run, dims, *parameters)
+def packed_call(run: Run, x: Tensor, dims: Dims, policy: Policy, *trained: Tensor | None) -> Tensor:
+    """run(x), keeping x [N, ...] exactly or packed, as the policy allows; `dims` exclude dimension 0.
+
+    `trained` are the tensors that run uses as well; of them those get a gradient that require one.
+    """
+    wanted = [tensor for tensor in trained if tensor is not None and tensor.requires_grad]
+    records = torch.is_grad_enabled() and (x.requires_grad or wanted)
+    if policy.is_exact or not records or not _is_smaller(x, dims):
+        return run(x)
+    y: Tensor = _PackedInput.apply(x, run, dims, *wanted)
     return y
 
 
-def planes(x: Tensor) -> tuple[int, ...]:
+@cache
+def packed(kind: type[nn.Module], rows: Callable[[nn.Module, Tensor], Dims] | None = None) -> type[nn.Module]:
+    """The subclass of a module type of one input [N, ...] that may keep one byte an element. One class for a type.
+
+    `rows(module, x)` are the dimensions that a row of the code spans, by default those of a plane.
+    """
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run: Run = partial(kind.forward, self)
+        policy: Policy = self.policy  # type: ignore[assignment]
+        if args or kwargs or policy.is_exact or getattr(self, "inplace", False) or not _runs_alike(self, policy):
+            return run(x, *args, **kwargs)
+        return packed_call(run, x, rows(self, x) if rows else planes(x), policy, *_trained(self))
+
+    return made("Packed", kind, forward, packed, kind, *([rows] if rows else []))
+
+
+def _is_smaller(x: Tensor, dims: Dims) -> bool:
+    """Whether the code of x takes fewer bytes than x; a row must lie within a sample."""
+    rows = x.numel() // max(1, prod(x.shape[dim] for dim in dims)) if len(dims) < x.dim() else x.numel()
+    return x.numel() + 2 * _wide(x).itemsize * rows < x.numel() * x.itemsize
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    """What may get gradients within a module: its parameters, and the proxies of drawn channels."""
+    slots = {id(slot): slot for child in module.modules() if (slot := getattr(child, "slot", None)) is not None}
+    proxies = [slot.proxy for slot in slots.values() if slot.is_drawn]
+    return [*module.parameters(), *proxies]
+
+
+def _runs_alike(module: nn.Module, policy: Policy) -> bool:
+    """Whether a second run on parts of the batch gives the same: nothing is random or of the whole batch."""
+    unlike = (_DropoutNd, _BatchNorm) if policy.batch_norm == "train" else _DropoutNd
+    return not any(child.training and isinstance(child, unlike) for child in module.modules())
+
+
+def planes(x: Tensor) -> Dims:
     """The dimensions of a plane of x [N, C, *S], or of a sample of x [N, C]."""
     return tuple(range(2, x.dim())) or (1,)
 
 
-def encode(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def normalized(module: nn.Module, x: Tensor) -> Dims:
+    """The dimensions over which a LayerNorm or RMSNorm goes: the last ones."""
+    return tuple(range(-len(module.normalized_shape), 0))  # type: ignore[arg-type]
+
+
+def encode(x: Tensor, dims: Dims) -> tuple[Tensor, Tensor, Tensor]:
     """The code of x [N, ...] as uint8, and its rows' lowest values and steps, with dimensions of size 1 at `dims`."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = _wide(x)
     code = torch.empty_like(x, dtype=torch.uint8)
     rows = [1 if dim in dims or dim - x.dim() in dims else size for dim, size in enumerate(x.shape)]
     low, step = (torch.empty(rows, dtype=wide, device=x.device) for _ in range(2))
@@ -83,7 +131,11 @@ def decode(code: Tensor, low: Tensor, step: Tensor) -> Tensor:
     return code.to(low.dtype).mul_(step).add_(low)
 
 
-def _encode(x: Tensor, dims: tuple[int, ...], code: Tensor, low: Tensor, step: Tensor) -> None:
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _encode(x: Tensor, dims: Dims, code: Tensor, low: Tensor, step: Tensor) -> None:
     low.copy_(x.amin(dims, keepdim=True))
     span = x.amax(dims, keepdim=True).sub_(low).clamp_(min=torch.finfo(x.dtype).tiny)
     step.copy_(span / 255)

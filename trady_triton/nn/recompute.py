@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from trady_triton.nn.made import made
 from trady_triton.policy import Policy
 
-_RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {}
 
-
+@cache
 def recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module type whose forward is recomputed in the backward. One class for a type."""
-    if kind not in _RECOMPUTED:
-        _RECOMPUTED[kind] = _make_recomputed(kind)
-    return _RECOMPUTED[kind]
 
-
-def _make_recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return run_recomputed(self, partial(kind.forward, self), *args, **kwargs)
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (kind,), vars(self).copy()
-
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__, "policy": Policy()}
-    return type(f"Recomputed{kind.__name__}", (kind,), body)
+    return made("Recomputed", kind, forward, recomputed, kind)
 
 
 def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """forward(*args, **kwargs) of the module, keeping the inputs alone; the plain call where nothing is recorded."""
+    """forward(*args, **kwargs) of the module, keeping the inputs alone; the plain call where nothing is recorded.
+
+    Raises:
+        ValueError: an argument is a cache, which a second run would fill again.
+    """
     if not _records(module, (args, kwargs)):
         return forward(*args, **kwargs)
+    for value in (*args, *kwargs.values()):
+        if hasattr(value, "update") and not isinstance(value, Mapping):
+            kind, given = type(module).__name__.removeprefix("Recomputed"), type(value).__name__
+            raise ValueError(f"{kind} is recomputed but is given a {given}, which a second run would fill again: train "
+                             "without it (Transformers: model.config.use_cache = False)")  # fmt: skip
     # The lists of the arguments are copied: DenseNet appends to its list of features after the call.
     args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
     parts = _parts(module, args, kwargs)
@@ -71,8 +71,3 @@ def _records(module: nn.Module, inputs: Any) -> bool:
         return True
     slots = (getattr(child, "slot", None) for child in module.modules())
     return any(slot is not None and slot.is_drawn for slot in slots)
-
-
-def _rebuild(kind: type[nn.Module]) -> nn.Module:
-    """An empty module of the recomputed type, for copies and pickles, which cannot find a class made at run time."""
-    return nn.Module.__new__(recomputed(kind))
