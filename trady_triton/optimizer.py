@@ -205,8 +205,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         is_applied = not self._found_inf()
         if is_applied:
             self._unscale()
+            self._scores.see(self._all_slots())  # a process without a batch cannot know how the others clip
             self._clip()
-            self._scores.see(self._all_slots())
             self._update()
         for slot in self._all_slots():
             slot.draw.unapplied = False

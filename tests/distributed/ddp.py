@@ -170,6 +170,19 @@ def check_join():
         assert_same(net, reference)
 
 
+def check_join_of_draws_by_gradients_seen():
+    """The second process has two batches less, and yet makes the draws of the first."""
+    net, optimizer = planned(sampler="medyate", resample_every=2, max_grad_norm=0.05)
+    parallel = DistributedDataParallel(net)
+    with Join([parallel, optimizer]):
+        for batch in toy_batches(7, size=4)[: 7 - 2 * dist.get_rank()]:
+            one_step(parallel, optimizer, own(batch))
+    assert optimizer.epoch == 3
+    draws = [None, None]
+    dist.all_gather_object(draws, [slot.channels.tolist() for slot in optimizer._all_slots()])
+    assert draws[0] == draws[1]
+
+
 def check_samplers_that_go_by_gradients_seen():
     train_both({"sampler": "medyate"}, lambda net, opt, batch: one_step(net, opt, own(batch)), one_step)
 

@@ -23,8 +23,9 @@ class ChannelScores:
     """The scores of the draw that is installed (`kept`), and the sums from which those of the next one will be made.
 
     For samplers that go by gradient norms seen in training: each step adds the squared norm of every drawn channel's
-    compact gradient, as step() finds it (clipped, if the loop clips); a channel's score is the root of their mean
-    over the steps since the draw. Channels that were never drawn have the largest score of the first epoch.
+    compact gradient, as step() finds it (clipped by the loop, not yet by `max_grad_norm`); a channel's score is the
+    root of their mean over the steps since the draw. Channels that were never drawn have the largest score of the
+    first epoch.
     """
 
     def __init__(self, plan: Plan) -> None:
