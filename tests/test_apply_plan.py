@@ -160,6 +160,30 @@ def test_tied_weights_stay_tied_and_share_a_slot():
     torch.testing.assert_close(net.pointwise.slot.proxy.grad, expected)
 
 
+def test_a_weight_that_is_shared_with_the_head_is_trained_whole():
+    class AutoEncoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.inner, self.decode = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x):
+            return self.decode(F.gelu(self.inner(self.encode(x))))
+
+    torch.manual_seed(0)
+    net, x = AutoEncoder().double(), torch.randn(4, 6, dtype=torch.float64)
+    dense = copy.deepcopy(net)
+    ranking = rank_layers(net, [(x, x)], F.mse_loss)
+    assert (ranking.head, [layer.name for layer in ranking.layers]) == (("decode",), ["inner"])
+    plan = make_plan(ranking, budget=20)
+    apply_plan(net, plan)
+    install(net, plan, {"inner": (0, 2)})
+    for model in (net, dense):
+        F.mse_loss(model(x), x).backward()
+    torch.testing.assert_close(net.encode.weight.grad, dense.encode.weight.grad)
+    torch.testing.assert_close(net.inner.slot.proxy.grad, dense.inner.weight.grad.T[[0, 2]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtype_and_channels_last_survive(dtype):
     net = toy_net().to(memory_format=torch.channels_last).to(dtype)

@@ -56,7 +56,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules())
     runs, attention = find_runs(plan.policy.recompute, modules), attention_modules(model)
     swaps = {
-        name: lean for name, module in modules.items() if (lean := _lean_class(name, module, plan, runs, attention))
+        name: lean
+        for name, module in modules.items()
+        if not _is_trained_whole(module, trained) and (lean := _lean_class(name, module, plan, runs, attention))
     }
     model.trady = AppliedPlan(  # type: ignore[assignment]
         plan,
@@ -147,6 +149,11 @@ def _is_trained_norm(module: nn.Module, plan: Plan) -> bool:
     if plan.train_norm:
         return "norm" in type(module).__name__.lower()
     return plan.policy.batch_norm == "affine" and isinstance(module, _BatchNorm)
+
+
+def _is_trained_whole(module: nn.Module, trained: set[int]) -> bool:
+    """Whether this is a layer of the head, or shares the weight of one."""
+    return isinstance(module, nn.Conv2d | nn.Linear) and id(module.weight) in trained
 
 
 def _lean_class(
