@@ -11,6 +11,7 @@ pytest.importorskip("lightning", reason="lightning is not installed (extra light
 from integrations.twin import hand_written
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
@@ -67,6 +68,25 @@ def test_a_fit_equals_a_loop_written_by_hand(options):
 def test_channels_are_drawn_by_step_and_not_inside_an_accumulation_window():
     task = fit(Task(toy_plan(toy_net()), resample_every=2), accumulate_grad_batches=2)
     assert task.draws == [0] * 4 + [1] * 4 + [2] * 4  # 2 steps of 2 batches each
+
+
+class Overflow(Task):
+    """The gradient of every epoch's last batch is infinite."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss * float("inf") if index == 5 else loss
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"resample_every": 2}], ids=str)
+def test_a_scaler_skips_the_last_step_of_an_epoch_and_training_goes_on(options):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plan = toy_plan(toy_net())
+    task = fit(Overflow(plan, **options), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert task.draws == ([0] * 2 + [1] * 2 + [2] * 3 + [3] * 2 + [4] * 2 + [5] if "resample_every" in options
+                          else [0] * 6 + [1] * 6)  # fmt: skip
+    assert scaler.get_scale() == 256.0
+    assert all(parameter.isfinite().all() for parameter in task.net.parameters())
 
 
 class Stop(Callback):
