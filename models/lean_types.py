@@ -3,6 +3,7 @@
 import timm.layers as layers
 import torchvision.models.convnext
 import torchvision.ops.misc
+from timm.layers.activations import QuickGELU
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
@@ -35,16 +36,19 @@ AFFINE = (
 PACKED = (
     # norms of an image
     layers.GroupNorm, layers.GroupNorm1, layers.GroupNormAct, layers.GroupNorm1Act, layers.RmsNorm2d,
-    layers.RmsNormAct2d, layers.SimpleNorm2d, layers.LayerNormAct2d, layers.FilterResponseNormAct2d,
-    layers.FilterResponseNormTlu2d, layers.EvoNorm2dS0, layers.EvoNorm2dS0a, layers.EvoNorm2dS1, layers.EvoNorm2dS2,
-    torchvision.models.convnext.LayerNorm2d,
+    layers.RmsNorm2dFp32, layers.RmsNormAct2d, layers.SimpleNorm2d, layers.LayerNorm2dFp32, layers.LayerNormAct2d,
+    layers.FilterResponseNormAct2d, layers.FilterResponseNormTlu2d, layers.EvoNorm2dS0, layers.EvoNorm2dS0a,
+    layers.EvoNorm2dS1, layers.EvoNorm2dS2, torchvision.models.convnext.LayerNorm2d,
     # gates
     SqueezeExcite, layers.SEModule, layers.EffectiveSEModule, layers.EcaModule, layers.CecaModule, layers.GatherExcite,
     layers.GlobalContext, ChannelAttn, SpatialAttn, torchvision.ops.misc.SqueezeExcitation,
     # activations
-    layers.Mish, layers.QuickGELU, layers.Sigmoid, layers.Tanh,
+    layers.Mish, QuickGELU, layers.Sigmoid, layers.Tanh,
 )  # fmt: skip
-PACKED_ROWS = (layers.RmsNorm, layers.RmsNormAct, layers.SimpleNorm, layers.LayerNormAct)
+PACKED_ROWS = (
+    layers.RmsNorm, layers.RmsNormFp32, layers.RmsNormAct, layers.SimpleNorm, layers.SimpleNormFp32,
+    layers.LayerNormAct, layers.LayerNormFp32,
+)  # fmt: skip
 
 
 def image_dims(module: GlobalResponseNorm, x: Tensor) -> tuple[int, ...]:
