@@ -167,6 +167,17 @@ def test_an_untaught_module_is_named_with_its_bytes() -> None:
     assert "not lean: 2 Squares, as 1" in books.table()
 
 
+def test_a_forward_that_depends_on_values_is_refused_by_name() -> None:
+    class Sorted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[x[:, 0, 0, 0].nonzero()[:, 0]])
+
+    net = Sorted(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 2))
+    plan = plan_at(net, torch.randn(2, 3, 2, 2), (0.0,))
+    with pytest.raises(ValueError, match=r"Sorted cannot be predicted: .* aten\.nonzero"):
+        ledger(net, plan, (2, 3, 2, 2))
+
+
 def test_bytes_and_flops_are_those_of_the_plan() -> None:
     net = toy_net(torch.float32)
     plan = replace(toy_plan(net, budget="6KiB", batch_size=3))

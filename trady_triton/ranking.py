@@ -243,7 +243,8 @@ class _Measurement:
         if ranked and not any(sum(layer.norms) for layer in ranked):
             raise ValueError("every gradient norm is 0: is the head initialised to zero, or the loss constant?")
         if not ranked:
-            raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient")
+            raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient; "
+                             f"{type(self.model).__name__} has {_kinds_with_weights(self.model)}")  # fmt: skip
         return Ranking(tuple(ranked), head, steps)
 
     def _default_head(self) -> tuple[str, ...]:

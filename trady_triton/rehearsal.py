@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.optim import SGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,14 +85,21 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
     """A copy of the model without storage, and the fake mode to run it in. The model itself is not touched.
 
     The copy shares nothing with the model but its hooks. A plan that was applied to the model is taken off the copy.
+
+    Raises:
+        ValueError: what is run inside depends on the values of tensors, which the copy's have none of.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {id(tensor): mode.from_tensor(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         twin = copy.deepcopy(model, fakes)
         if hasattr(twin, "trady"):
             remove_plan(twin)
-        with _WideStatistics():  # type: ignore[no-untyped-call]
-            yield twin
+        try:
+            with _WideStatistics():  # type: ignore[no-untyped-call]
+                yield twin
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(f"{type(model).__name__} cannot be predicted: its forward depends on values, by {error}; "
+                             "measure() a step instead, and give a budget instead of a memory") from error  # fmt: skip
 
 
 _NORM_WEIGHTS = {torch.ops.aten.native_layer_norm.default: 2, torch.ops.aten.native_group_norm.default: 1}
