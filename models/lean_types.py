@@ -16,8 +16,8 @@ from trady_triton.models.mlp import LeanGluMlp
 from trady_triton.models.norm import LeanBatchNormAct2d, LeanLayerNorm, LeanLayerNorm2d
 from trady_triton.models.regnet import LeanRegNet
 from trady_triton.nn import register_lean
-from trady_triton.nn.affine import affine
-from trady_triton.nn.packed import normalized, packed
+from trady_triton.nn.affine_input import affine
+from trady_triton.nn.packed_input import normalized, packed
 
 WRITTEN: dict[type[nn.Module], type[nn.Module]] = {
     layers.Conv2dSame: LeanConv2dSame,

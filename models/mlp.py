@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import GluMlp
 from torch import Tensor
 
-from trady_triton.nn.packed import packed_call
+from trady_triton.nn.packed_input import packed_call
 from trady_triton.policy import Policy
 from trady_triton.registry import plain_forward
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from trady_triton.nn.activation import LeanHardsigmoid, LeanHardtanh, LeanLeakyReLU, LeanReLU, LeanReLU6
-from trady_triton.nn.affine import affine
+from trady_triton.nn.affine_input import affine
 from trady_triton.nn.chain import Chain, LeanSequential
 from trady_triton.nn.conv import LeanConv2d
 from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
@@ -11,7 +11,7 @@ from trady_triton.nn.dropout import LeanDropout
 from trady_triton.nn.layer_norm import LeanLayerNorm
 from trady_triton.nn.linear import LeanLinear
 from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
-from trady_triton.nn.packed import normalized, packed
+from trady_triton.nn.packed_input import normalized, packed
 from trady_triton.nn.pool import LeanAvgPool2d, LeanMaxPool2d
 from trady_triton.nn.smooth import LeanGELU, LeanHardswish, LeanSiLU
 from trady_triton.nn.units import blocks
@@ -48,8 +48,10 @@ __all__ = [
     "Chain",
     "LeanConv2d",
     "LeanLinear",
+    "affine",
     "apply_plan",
     "blocks",
+    "packed",
     "register_lean",
     "remove_plan",
 ]

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.nn.graph import builds_graph, is_frozen
-from trady_triton.nn.packed import packed_call, planes
+from trady_triton.nn.packed_input import packed_call, planes
 from trady_triton.policy import Policy
 
 
