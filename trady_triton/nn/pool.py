@@ -39,8 +39,9 @@ class _MaxPool2d(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (offsets,) = ctx.saved_tensors
         indices = _indices(offsets, ctx.x_shape[-1], ctx.window)
-        x = dy.new_empty(1).expand(ctx.x_shape)
-        return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *ctx.window, indices), None
+        dx = _empty_dx(dy, ctx.x_shape)
+        torch.ops.aten.max_pool2d_with_indices_backward.grad_input(dy, dx, *ctx.window, indices, grad_input=dx)
+        return dx, None
 
 
 class _AvgPool2d(torch.autograd.Function):
@@ -52,8 +53,19 @@ class _AvgPool2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x = dy.new_empty(1).expand(ctx.x_shape)
-        return torch.ops.aten.avg_pool2d_backward(dy, x, *ctx.options), None
+        dx = _empty_dx(dy, ctx.x_shape)
+        torch.ops.aten.avg_pool2d_backward.grad_input(dy, dx, *ctx.options, grad_input=dx)
+        return dx, None
+
+
+def _empty_dx(dy: Tensor, shape: torch.Size) -> Tensor:
+    """What dX is written to, in the layout of dY; it also stands for x, of which a backward reads only the layout.
+
+    A scalar expanded to the shape of x would do on the CPU; on CUDA torch makes it contiguous first, as large as x.
+    """
+    channels_last = dy.is_contiguous(memory_format=torch.channels_last) and not dy.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=layout)
 
 
 def lean_avg_pool2d(module: nn.AvgPool2d, x: Tensor) -> Tensor:

@@ -101,6 +101,12 @@ def _turned(args, kwargs, out):
     return [f"a convolution's backward turns dy {tuple(dy.shape)} into the layout of its input"] if turned else []
 
 
+def _filled(args, kwargs, out):
+    """Torch makes the input of a pool's backward contiguous, though only its layout counts."""
+    x = args[1]
+    return [f"a pool's backward fills an input of {tuple(x.shape)}"] if x.numel() > 1 and not any(x.stride()) else []
+
+
 def _is_channels_last(tensor):
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
@@ -109,6 +115,8 @@ _LOOKED_AT = {
     torch.ops.aten._to_copy.default: lambda args, kwargs, out: _moved(args[0], out, not kwargs.get("non_blocking")),
     torch.ops.aten.copy_.default: lambda args, kwargs, out: _moved(args[1], out, args[2:] != (True,)),
     torch.ops.aten.convolution_backward.default: _turned,
+    torch.ops.aten.max_pool2d_with_indices_backward.default: _filled,
+    torch.ops.aten.avg_pool2d_backward.default: _filled,
 }
 
 
