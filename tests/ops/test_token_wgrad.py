@@ -78,6 +78,14 @@ def test_the_twin_equals_the_definition(layout, dtype, generator):
     assert relative_error(token_wgrad_ref(store, dy, channel_dim), definition(store, dy, channel_dim)) <= 2e-6
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_many_channels_of_few_pixels_are_the_sum_over_the_images(memory_format, generator):
+    store = torch.randn(40, 3 * 4, dtype=torch.float64, generator=generator)
+    dy = torch.randn(3, 5, 2, 2, dtype=torch.float64, generator=generator).contiguous(memory_format=memory_format)
+    wanted = torch.einsum("knp,nop->ko", store.view(40, 3, 4), dy.flatten(2))
+    torch.testing.assert_close(token_wgrad_ref(store, dy, 1, out_dtype=torch.float64), wanted)
+
+
 def test_the_twin_multiplies_in_bounded_parts(monkeypatch, generator):
     monkeypatch.setattr(token_matmul, "MAX_WORKSPACE_BYTES", 4 * 6 * 9 * 2)
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,6 +16,7 @@ from trady_triton.ops.dispatch import jit, launch, tl, use_triton
 from trady_triton.ops.library import register_op
 from trady_triton.ops.philox import random16, random16_ref
 from trady_triton.ops.select_config import Config
+from trady_triton.ops.store import are_all
 
 ALGORITHMS = ("sgd", "adamw")
 HYPER_COLUMNS = 7
@@ -224,13 +225,18 @@ def scatter_update_ref(
     for layer, (weight, grad, ids, row) in enumerate(zip(weights, grads, channels, hyper.tolist(), strict=True)):
         by_channel = weight.unflatten(0, (-1, grad.shape[1])).transpose(1, 2)  # a view [G, C/G, O/G, *taps]
         at = (ids.long() // weight.shape[1], ids.long() % weight.shape[1])
-        w, grad = by_channel[at].to(_compute_dtype(weight)), grad.to(_compute_dtype(weight))
+        whole = are_all(ids, by_channel.shape[0] * by_channel.shape[1])
+        rows = by_channel.flatten(0, 1) if whole else by_channel[at]  # [K, O/G, *taps]
+        w, grad = rows.to(_compute_dtype(weight)), grad.to(_compute_dtype(weight))
+        if whole and grad.shape[1] == grad[0].numel() == weight.shape[0]:  # a transposed matrix: turned at once
+            grad = grad.flatten(1).t().contiguous().t().view_as(grad)
         if algorithm == "adamw":
             _adamw_ref(w, grad, momenta[layer], variances[layer], row, by_layer[layer])
         else:
             _sgd_ref(w, grad, momenta[layer] if momenta else None, row, nesterov)
         w = w if seed is None else _stochastic_bf16_ref(w, seed, layer)
-        by_channel[at] = w.to(weight.dtype)
+        if w.data_ptr() != weight.data_ptr():  # else it was updated in place
+            by_channel[at] = w.to(weight.dtype)
 
 
 def _compute_dtype(weight: torch.Tensor) -> torch.dtype:

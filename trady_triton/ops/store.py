@@ -95,8 +95,8 @@ def store_channels_ref(
     K = channels.numel()
     store = empty_store(x, store_size(x, K, layout, stride), layout, x.dtype)
     if layout == "tokens":
-        return store.copy_(x.index_select(-1, channels).reshape(store.shape[1], K).t())
-    picked = x[:, :, :: stride[0], :: stride[1]].index_select(1, channels)  # [N, K, P, Q]
+        return store.copy_(_pick(x, -1, channels).reshape(store.shape[1], K).t())
+    picked = _pick(x[:, :, :: stride[0], :: stride[1]], 1, channels)  # [N, K, P, Q]
     if layout == "taps":
         store[..., K:].zero_()
         store[..., :K].copy_(picked.permute(0, 2, 3, 1))
@@ -105,6 +105,16 @@ def store_channels_ref(
     else:
         store.copy_(picked.transpose(0, 1))
     return store
+
+
+def _pick(x: torch.Tensor, dim: int, channels: torch.Tensor) -> torch.Tensor:
+    """The selected channels; x itself where they are all."""
+    return x if are_all(channels, x.shape[dim]) else x.index_select(dim, channels)
+
+
+def are_all(channels: torch.Tensor, count: int) -> bool:
+    """Whether the ids are 0, 1, ... count - 1 in this order, so that nothing need be gathered."""
+    return channels.numel() == count and bool((channels == torch.arange(count, device=channels.device)).all())
 
 
 def source_strides(x: torch.Tensor, layout: str, stride: Sequence[int]) -> tuple[int, int, int, int, int, int]:

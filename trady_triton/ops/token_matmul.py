@@ -15,9 +15,13 @@ from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES
 def token_matmul(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """Sum over n of x[n] @ dy[n] for x [N, K, P], dy [N, P, O]: [K, O], accumulated in fp32 (fp64 for fp64).
 
-    Both may be views at any stride: nothing of the size of dy is copied.
+    Both may be views at any stride. Nothing of the size of dy is copied, but where P is so small that a copy is much
+    smaller than the N products [K, O], which one product over all tokens then replaces.
     """
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    N, K, P = x.shape
+    if N > 1 and 4 * P <= K and dy.numel() * dy.itemsize <= MAX_WORKSPACE_BYTES:
+        x, dy = x.transpose(0, 1).reshape(1, K, N * P), dy.reshape(1, N * P, dy.shape[2])
     size = _part_size(x, dy.shape[2], upcast=dy.dtype != dtype and not dy.is_cuda)
     if size >= (x.shape[2] if x.shape[0] == 1 else x.shape[0]):
         return _product(x, dy, dtype)
