@@ -197,6 +197,7 @@ def test_a_scheme_brings_its_own_budget():
     [
         ({"sampler": "lora"}, "wanted one of trady"),
         ({"sampler": "full"}, "takes none"),
+        ({"sampler": "cyclic", "fill": "skip"}, "sampler 'cyclic' has a rule of its own"),
         ({"sampler": "su"}, "su_layers"),
         ({"sampler": "su", "layers": {"stem": 2.0}}, "su_layers"),
         ({"sampler": "cyclic", "dgrad_budget": 0.5}, "inclusion probabilities"),

@@ -308,7 +308,8 @@ def make_plan(
         optimizer: "sgd", "momentum" or "adamw": what will train, whose state of a drawn channel counts.
         store: "same" keeps the drawn channels as the layer saw them; "int8" and "int4" round them stochastically, so
             that at equal bytes more channels fit: an unbiased, noisier gradient (byte budgets only; docs/store.md).
-        fill: "stop" ends a draw at the first channel that does not fit, "skip" goes on to the next.
+        fill: "stop" ends a draw at the first channel that does not fit, "skip" goes on to the next. For samplers that
+            take channels in an order; others have a rule of their own.
         seed: of all draws.
         train_bias: also train the biases of the ranked layers, outside the budget.
         train_norm: also train the weights and biases of normalisation layers of every kind, outside the budget; of
@@ -330,6 +331,8 @@ def make_plan(
         raise ValueError(f"optimizer {optimizer!r}: wanted one of {', '.join(OPTIMIZER_STATES)}")
     _check_pool_options(coverage, k, layers)
     chosen, states = strategy(sampler), OPTIMIZER_STATES[optimizer]
+    if fill != FILLS[0] and not chosen.fills:
+        raise ValueError(f"fill {fill!r}: sampler {sampler!r} has a rule of its own")
     limit, in_bytes = read_budget(budget, sampler, chosen)
     cost = CostModel(depthwise=cost_model, states=states)
     if in_bytes:

@@ -43,6 +43,7 @@ class Strategy:
             "fisher" or "velocity".
         is_static: epoch 0 serves for all epochs.
         has_budget: whether it is held to one.
+        fills: it takes the channels of an order until the budget is full, by the plan's rule; others have their own.
         inclusion: (pool, scores) -> probability of each channel, where that is known.
         trains_bias: biases are trained as well.
     """
@@ -52,6 +53,7 @@ class Strategy:
     scores: str = "none"
     is_static: bool = False
     has_budget: bool = True
+    fills: bool = False
     inclusion: Inclusion | None = None
     trains_bias: bool = False
 
@@ -62,13 +64,13 @@ class Strategy:
 
 
 STRATEGIES = {
-    "trady": Strategy(draw_uniform, layers="rgn", inclusion=uniform_inclusion),
-    "s-topk": Strategy(draw_uniform, layers="rgn", is_static=True),
-    "d-full": Strategy(draw_uniform, inclusion=uniform_inclusion),
-    "s-full": Strategy(draw_uniform, is_static=True),
-    "d-rgn": Strategy(draw_by_rgn, scores="gradient"),
-    "s-rgn": Strategy(draw_by_rgn, scores="gradient", is_static=True),
-    "d-norm": Strategy(draw_by_norm, scores="gradient"),
+    "trady": Strategy(draw_uniform, layers="rgn", inclusion=uniform_inclusion, fills=True),
+    "s-topk": Strategy(draw_uniform, layers="rgn", is_static=True, fills=True),
+    "d-full": Strategy(draw_uniform, inclusion=uniform_inclusion, fills=True),
+    "s-full": Strategy(draw_uniform, is_static=True, fills=True),
+    "d-rgn": Strategy(draw_by_rgn, scores="gradient", fills=True),
+    "s-rgn": Strategy(draw_by_rgn, scores="gradient", is_static=True, fills=True),
+    "d-norm": Strategy(draw_by_norm, scores="gradient", fills=True),
     "su": Strategy(draw_largest, layers="scheme", scores="weights", is_static=True),
     "su-smallest": Strategy(draw_smallest, layers="scheme", scores="weights", is_static=True),
     "su-random": Strategy(draw_random, layers="scheme", is_static=True),
@@ -76,8 +78,8 @@ STRATEGIES = {
     "velocity-full": Strategy(draw_velocity_full, scores="velocity"),
     "neq": Strategy(draw_neq, scores="velocity", has_budget=False),
     "paca": Strategy(draw_columns, is_static=True),
-    "tinytrain": Strategy(draw_by_fisher, scores="fisher", is_static=True),
-    "medyate": Strategy(draw_by_norm_seen, layers="lara", scores="seen"),
+    "tinytrain": Strategy(draw_by_fisher, scores="fisher", is_static=True, fills=True),
+    "medyate": Strategy(draw_by_norm_seen, layers="lara", scores="seen", fills=True),
     "cyclic": Strategy(draw_next, layers="rgn"),
     "weighted": Strategy(draw_weighted, layers="rgn", scores="seen", inclusion=weighted_inclusion),
     "full": Strategy(draw_everything, has_budget=False, inclusion=whole_inclusion, trains_bias=True),
