@@ -53,6 +53,20 @@ def test_an_interrupted_write_leaves_the_older_file(parts, saved, monkeypatch):
     assert Checkpoint.load(saved).epoch == 3
 
 
+def test_a_full_disk_is_told_and_leaves_the_older_file(parts, saved):
+    resource = pytest.importorskip("resource", reason="files are limited on POSIX systems only")
+    older = saved.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(older) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written, is the disk full"):
+            Checkpoint.take({}, *parts, epoch=4, step=0, tally={}).save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == older
+    assert [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_an_error(saved, share):
     content = saved.read_bytes()

@@ -73,9 +73,16 @@ class Checkpoint:
             raise ValueError(f"the checkpoint is damaged ({error!r})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file and keep the one before beside it; an interrupted write leaves both as they were."""
-        with written_whole(path, keep=PREVIOUS) as scratch:
-            torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, scratch)
+        """Write the file and keep the one before beside it; an interrupted write leaves both as they were.
+
+        Raises:
+            OSError: it could not be written, for want of space perhaps.
+        """
+        try:
+            with written_whole(path, keep=PREVIOUS) as scratch:
+                torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, scratch)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path} could not be written, is the disk full? ({error})") from error
 
     @classmethod
     def load_newest(cls, path: str | os.PathLike[str], note: Callable[[str], None] = lambda text: None) -> Checkpoint:
