@@ -306,6 +306,26 @@ def test_an_optimizer_is_not_copied_but_its_state_goes_on_in_a_copied_model(copi
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "lose",
+    [
+        remove_plan,
+        lambda net: apply_plan(remove_plan(net), toy_plan(toy_net())),
+        lambda net: net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True),
+    ],
+    ids=["removed", "applied again", "replaced"],
+)
+def test_a_model_that_would_be_trained_no_more_is_refused_at_the_next_draw(lose):
+    net, _, optimizer = planned()
+    optimizer.resample(0)
+    train_step(net, optimizer)
+    optimizer.zero_grad()
+    lose(net)
+    with pytest.raises(RuntimeError, match=r"the plan was removed, or the weight replaced.*assign=True"):
+        optimizer.resample(1)
+    assert optimizer.epoch == 0
+
+
 def test_the_plan_is_found_from_the_parameters():
     net, plan, _ = planned()
     assert TraDyOptimizer(net.parameters()).plan is plan

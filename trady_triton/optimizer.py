@@ -14,7 +14,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from trady_triton.optim.channel_groups import ChannelGroups
 from trady_triton.optim.distributed import Processes, StepsWithoutBatch
-from trady_triton.optim.gradients import clip_jointly_, missed_compact
+from trady_triton.optim.gradients import clip_jointly_, missed_compact, unscale_
 from trady_triton.optim.options import check_states, check_whole, defaults_of, listed, tensors_in
 from trady_triton.optim.states import fill_channel_state, fill_whole_state
 from trady_triton.optim.strict import StepMemory
@@ -107,8 +107,6 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         self._warns = True
         defaults = {"lr": lr, "weight_decay": weight_decay, **options, "trady_every": resample_every}
         super().__init__(groups, defaults, plan, pool, algorithm, state_policy)
-        assert pool is not None
-        self._model = pool.model
         self.memory = StepMemory(plan, self.join_device, self._owned) if strict else None
         if self.resample_every != "epoch":
             self.resample()
@@ -130,7 +128,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         Raises:
             ValueError: the sampler needs scores and got none, or they do not fit the layers; or an epoch was given
                 where `step()` draws.
-            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad().
+            RuntimeError: a forward waits for its backward, or gradients wait for step() or zero_grad(); or the model
+                has lost its plan, or weights that it had then.
         """
         if self.resample_every != "epoch":
             if epoch is not None:
@@ -141,6 +140,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         found = self._scores.following(self._all_slots(), scores) if is_new else self._scores.kept
         channels = self.plan.sample(epoch, found)
         if is_new or any(slot.is_stale for slot in self._all_slots()):
+            self._check_attached()
             self._check_idle()
             self._install(epoch, channels)
         if is_new:
@@ -204,7 +204,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
                 self.synchronize()
         is_applied = not self._found_inf()
         if is_applied:
-            self._unscale()
+            if (scale := getattr(self, "grad_scale", None)) is not None:  # a GradScaler left it to step()
+                unscale_(self._leaves(), scale)
             self._scores.see(self._all_slots())  # a process without a batch cannot know how the others clip
             self._clip()
             self._update()
@@ -274,8 +275,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
     @property
     def join_device(self) -> torch.device:
         """The device of what is trained."""
-        device: torch.device = next(p for group in self.param_groups for p in group["params"]).device
-        return device
+        return self._leaves()[0].device
 
     @property
     def join_process_group(self) -> Any:
@@ -300,9 +300,8 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         """All that lives from step to step: the model, proxies and gradients, ids of channels, states."""
         if (model := self._model()) is not None:
             yield from (*model.parameters(), *model.buffers())
-        for group in self.param_groups:
-            yield from group["params"]
-            yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)
+        yield from self._leaves()
+        yield from (leaf.grad for leaf in self._leaves() if leaf.grad is not None)
         yield from (slot.channels for slot in self._all_slots())
         yield from (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
 
@@ -311,22 +310,11 @@ class TraDyOptimizer(ChannelGroups, Joinable):
         found = getattr(self, "found_inf", None)
         return found is not None and bool(found)
 
-    def _unscale(self) -> None:
-        """Take the factor of a GradScaler out of the gradients, where it left that to step()."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None:
-            return
-        for grad in (p.grad for group in self.param_groups for p in group["params"]):
-            if grad is not None:
-                # On CUDA a half-precision gradient would have the scale cast to its own dtype, where 65536 is infinite.
-                wide = grad.to(torch.promote_types(grad.dtype, scale.dtype))
-                grad.copy_(wide / scale.to(grad.device))
-
     def _clip(self) -> None:
         """Clip the joint norm, or else tell once that a loop clipped without the compact gradients."""
         whole = [parameter for _, parameters in self._whole() for parameter in parameters]
         if self.max_grad_norm is not None:
-            clip_jointly_([*whole, *self._proxies()], self.max_grad_norm)
+            clip_jointly_(self._leaves(), self.max_grad_norm)
         # Among processes whole gradients change after the backward by being averaged, or copied.
         elif self._warns and not self._processes.exist and missed_compact(self._watch, whole, self._proxies()):
             self._warns = False
@@ -336,6 +324,10 @@ class TraDyOptimizer(ChannelGroups, Joinable):
                 "tensors of optimizer.param_groups, or do not clip and give the optimizer max_grad_norm",
                 stacklevel=6,
             )
+
+    def _leaves(self) -> list[Tensor]:
+        """All that may have a gradient."""
+        return [leaf for group in self.param_groups for leaf in group["params"]]
 
     def _proxies(self) -> list[Tensor]:
         return [slot.proxy for slot in self._all_slots()]

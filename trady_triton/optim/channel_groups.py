@@ -24,6 +24,7 @@ from trady_triton.optim.states import (
     state_shapes,
 )
 from trady_triton.plan import Plan
+from trady_triton.sharding import is_sharded
 from trady_triton.slot import ChannelSlot, Pool, find_slot
 
 
@@ -52,6 +53,8 @@ class ChannelGroups(Optimizer):
                 f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
                 "deepcopy needs remove_plan and apply_plan of its own, and fully_shard comes before apply_plan"
             )
+        assert pool is not None
+        self._model = pool.model
 
     def __getstate__(self) -> dict[str, Any]:
         """Raises TypeError: channels belong to one model, so no copy of an optimizer could train."""
@@ -201,6 +204,20 @@ class ChannelGroups(Optimizer):
                 raise ValueError(
                     f"layer {slot.layer!r}: plan {slot.plan} was applied to the model, the optimizer got plan "
                     f"{self.plan.fingerprint}"
+                )
+
+    def _check_attached(self) -> None:
+        """Raises RuntimeError where the model would be trained no more, which nothing else tells."""
+        if (model := self._model()) is None:
+            return
+        modules = dict(model.named_modules())
+        for slot in self._all_slots():
+            weight = getattr(modules.get(slot.layer), "weight", None)
+            # Between forward and backward fully_shard puts others in the place of sharded weights.
+            if not is_sharded(slot.weight) and (weight is None or find_slot(weight) is not slot):
+                raise RuntimeError(
+                    f"layer {slot.layer!r}: the plan was removed, or the weight replaced, as load_state_dict("
+                    "assign=True) does; call remove_plan and apply_plan, and make a new optimizer"
                 )
 
     def _check_idle(self) -> None:

@@ -47,9 +47,9 @@ class GradientWatch:
         return max((self._changes(leaf) for leaf in leaves), default=0)
 
     def _changes(self, leaf: Tensor) -> int:
-        if leaf.grad is None or leaf not in self._versions:
+        if leaf.grad is None or (noted := self._versions.get(leaf)) is None:  # type: ignore[no-untyped-call]
             return 0
-        identity, version = self._versions[leaf]
+        identity, version = noted
         return int(leaf.grad._version - version) if id(leaf.grad) == identity else 1
 
 
@@ -61,6 +61,15 @@ def _note(reference: weakref.ref[GradientWatch], leaf: Tensor) -> None:
 def missed_compact(watch: GradientWatch, whole: Iterable[Tensor], compact: Sequence[Tensor]) -> bool:
     """Whether the whole gradients were changed after the backward, and the compact ones, which exist, were not."""
     return any(leaf.grad is not None for leaf in compact) and watch.changes(whole) > watch.changes(compact)
+
+
+def unscale_(leaves: Iterable[Tensor], scale: Tensor) -> None:
+    """Take the factor of a GradScaler out of the gradients of leaves."""
+    for grad in (leaf.grad for leaf in leaves):
+        if grad is not None:
+            # On CUDA a half-precision gradient would have the scale cast to its own dtype, where 65536 is infinite.
+            wide = grad.to(torch.promote_types(grad.dtype, scale.dtype))
+            grad.copy_(wide / scale.to(grad.device))
 
 
 def clip_jointly_(leaves: Iterable[Tensor], max_norm: float) -> None:
