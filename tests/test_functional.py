@@ -259,6 +259,6 @@ def test_autocast_stores_what_the_product_saw(case):
 @pytest.mark.parametrize("wrong", [[0, 0], [5], [-1]])
 def test_impossible_channels_are_refused_and_the_draw_stays(wrong):
     *_, slot, _ = conv_case("plain", [1, 2])
-    with pytest.raises(ValueError, match="distinct ids"):
+    with pytest.raises(ValueError, match="ascending ids"):
         slot.set(wrong)
     assert slot.channels.tolist() == [1, 2]

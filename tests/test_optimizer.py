@@ -326,6 +326,16 @@ def test_a_model_that_would_be_trained_no_more_is_refused_at_the_next_draw(lose)
     assert optimizer.epoch == 0
 
 
+def test_two_models_of_one_plan_need_an_optimizer_each():
+    (net, plan, _), (other, _, optimizer) = planned(), planned()
+    parameters = [*net.parameters(), *other.parameters()]
+    with pytest.raises(ValueError, match="of a second planned model"):
+        TraDyOptimizer(parameters, plan)
+    with pytest.raises(ValueError, match="of a second planned model"):
+        optimizer.add_param_group({"params": net.parameters()})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_the_plan_is_found_from_the_parameters():
     net, plan, _ = planned()
     assert TraDyOptimizer(net.parameters()).plan is plan

@@ -298,7 +298,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
 
     def _owned(self) -> Iterator[Tensor]:
         """All that lives from step to step: the model, proxies and gradients, ids of channels, states."""
-        if (model := self._model()) is not None:
+        if self._pool is not None and (model := self._pool.model()) is not None:
             yield from (*model.parameters(), *model.buffers())
         yield from self._leaves()
         yield from (leaf.grad for leaf in self._leaves() if leaf.grad is not None)

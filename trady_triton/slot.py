@@ -140,7 +140,7 @@ class ChannelSlot:
     def set(
         self, channels: Sequence[int], scale: Sequence[float] | None = None, outputs: Sequence[int] | None = None
     ) -> None:
-        """Install a draw: channel ids in [0, C), no id twice.
+        """Install a draw: channel ids in [0, C), ascending.
 
         `scale` holds a factor for the update of each channel; where `outputs` is given, only those output channels
         are updated.
@@ -224,11 +224,9 @@ class ChannelSlot:
     def _make_draw(self, channels: Sequence[int]) -> Draw:
         weight = self.weight
         in_channels = weight.shape[1] * self.groups
-        ids = sorted(set(channels))
-        if len(ids) != len(channels) or (ids and not 0 <= ids[0] <= ids[-1] < in_channels):
-            raise ValueError(
-                f"layer {self.layer!r}: channels {list(channels)}, wanted distinct ids in [0, {in_channels})"
-            )
+        ids = list(channels)
+        if ids != sorted(set(ids)) or (ids and not 0 <= ids[0] <= ids[-1] < in_channels):
+            raise ValueError(f"layer {self.layer!r}: channels {ids}, wanted ascending ids in [0, {in_channels})")
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
         proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape).requires_grad_()
         noise = torch.tensor([self._seed()], device=weight.device) if self.bits else None

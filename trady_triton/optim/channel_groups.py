@@ -41,6 +41,7 @@ class ChannelGroups(Optimizer):
         """`pool` was found from the parameters; raises ValueError where it is not the plan's."""
         self.plan, self.algorithm, self.state_policy = plan, algorithm, state_policy
         self._slots: list[list[ChannelSlot]] = []
+        self._pool = pool
         self._scores = ChannelScores(plan)
         self._watch, self._digest = GradientWatch(), ""
         super().__init__(groups, {**defaults, "trady_plan": plan.fingerprint, "trady_epoch": -1, "trady_steps": 0})
@@ -53,8 +54,6 @@ class ChannelGroups(Optimizer):
                 f"{min(missing)!r}: call apply_plan(model, plan) first and give the parameters of that very model; a "
                 "deepcopy needs remove_plan and apply_plan of its own, and fully_shard comes before apply_plan"
             )
-        assert pool is not None
-        self._model = pool.model
 
     def __getstate__(self) -> dict[str, Any]:
         """Raises TypeError: channels belong to one model, so no copy of an optimizer could train."""
@@ -205,10 +204,13 @@ class ChannelGroups(Optimizer):
                     f"layer {slot.layer!r}: plan {slot.plan} was applied to the model, the optimizer got plan "
                     f"{self.plan.fingerprint}"
                 )
+            if self._pool is None or all(slot is not own for own in self._pool.slots):
+                raise ValueError(f"layer {slot.layer!r}: of a second planned model; wanted an optimizer for each model")
 
     def _check_attached(self) -> None:
         """Raises RuntimeError where the model would be trained no more, which nothing else tells."""
-        if (model := self._model()) is None:
+        assert self._pool is not None
+        if (model := self._pool.model()) is None:
             return
         modules = dict(model.named_modules())
         for slot in self._all_slots():
