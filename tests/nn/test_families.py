@@ -53,6 +53,28 @@ FAMILIES: dict[str, tuple[int, dict[str, Any]]] = {
     "mcunet_in1": (64, {}),
     "proxylessnas_w03": (64, {}),
 }
+# One small net of each further family, for one exact and one approximate policy.
+MORE: dict[str, tuple[int, dict[str, Any]]] = {
+    "beit_base_patch16_224": (64, {"img_size": 64, "depth": 2}),
+    "cait_xxs24_224": (64, {"img_size": 64, "depth": 2}),
+    "coat_tiny": (64, {"img_size": 64}),
+    "convit_tiny": (64, {"img_size": 64}),
+    "cpubone_nano": (64, {}),
+    "davit_tiny": (64, {"depths": (1, 1, 1, 1)}),
+    "eca_botnext26ts_256": (128, {"img_size": 128}),
+    "edgenext_xx_small": (64, {}),
+    "focalnet_tiny_srf": (64, {}),
+    "gmlp_ti16_224": (64, {"img_size": 64}),
+    "mambaout_femto": (64, {}),
+    "mvitv2_tiny": (64, {"img_size": 64}),
+    "resnest14d": (64, {}),
+    "resnet50_gn": (64, {}),
+    "skresnet18": (64, {}),
+    "starnet_s050": (64, {}),
+    "twins_svt_small": (64, {"img_size": 64}),
+    "volo_d1_224": (64, {"img_size": 64}),
+    "xcit_nano_12_p8_224": (64, {"img_size": 64}),
+}
 IN_CI = ("convnextv2_atto", "efficientvit_b0")
 POLICIES = {
     "lean": Policy(),
@@ -64,7 +86,11 @@ POLICIES = {
 # Types that hold bytes and that nobody taught, by net: the ledger names them.
 NOT_LEAN = {
     "swin_tiny_patch4_window7_224": {"Softmax"},  # of the attention that is kept
-    "regnety_008": {"Sigmoid"},  # of the gates: a value a plane, where all else keeps hardly more
+    "focalnet_tiny_srf": {"FocalModulation"},  # products, as in the next three
+    "gmlp_ti16_224": {"SpatialGatingUnit"},
+    "mambaout_femto": {"GatedConvBlock"},
+    "starnet_s050": {"Block"},
+    "skresnet18": {"SelectiveKernel"},
 }
 each_family = pytest.mark.parametrize(
     "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
@@ -72,7 +98,7 @@ each_family = pytest.mark.parametrize(
 
 
 def small(name: str) -> tuple[nn.Module, Tensor]:
-    size, options = FAMILIES[name]
+    size, options = (FAMILIES | MORE)[name]
     model = random_net(name, **options)
     nn.init.normal_(model.get_classifier().weight, std=0.1)  # some start at zero, which stops every gradient
     return model, torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -82,6 +108,19 @@ def small(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("policy", ["lean", "attention", "blocks"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_exact_policies_have_the_gradients_of_the_plain_net(name: str, policy: str, layout: torch.memory_format):
+    assert_exact(name, policy, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_further_families_have_exact_gradients_and_a_ledger_to_the_byte(name: str):
+    assert_exact(name, "attention", torch.contiguous_format)
+    size, options = MORE[name]
+    model = timm.create_model(name, **options)
+    assert_predicted(name, model, torch.randn(2, 3, size, size), "8 bits", None)
+
+
+def assert_exact(name: str, policy: str, layout: torch.memory_format) -> None:
     plain, x = small(name)
     plain, x = plain.to(memory_format=layout), x.to(memory_format=layout)
     model = copy.deepcopy(plain)
@@ -122,15 +161,18 @@ def test_a_ledger_at_full_size_is_predicted_to_the_byte(name: str, policy: str, 
     layout = torch.channels_last if mode == "nhwc" else torch.contiguous_format
     model = timm.create_model(name).to(memory_format=layout)
     size = 128 if name in ("mobilenetv2_w035", "mcunet_in1", "proxylessnas_w03") else 224
-    x, y = torch.randn(2, 3, size, size).to(memory_format=layout), torch.arange(2)
+    x = torch.randn(2, 3, size, size).to(memory_format=layout)
+    assert_predicted(name, model, x, policy, torch.bfloat16 if mode == "bf16" else None)
+
+
+def assert_predicted(name: str, model: nn.Module, x: Tensor, policy: str, autocast: torch.dtype | None) -> None:
     plan = plan_at(model.eval(), x[:1], (0.25, 0.6))
     plan = replace(plan, cost=CostModel(2, 4, 4, unit="bytes"), budget=2**18)
     plan = under(policy, plan, model, tuple(x.shape))
-    options = {"autocast": torch.bfloat16 if mode == "bf16" else None}
-    predicted = ledger(model, plan, x.shape, **options)
+    predicted = ledger(model, plan, x.shape, autocast=autocast)
     optimizer = TraDyOptimizer(apply_plan(model, plan).parameters(), plan, lr=0.1)
     optimizer.resample(0)
-    measured = measure(model, optimizer, x, y, **options)
+    measured = measure(model, optimizer, x, torch.arange(2), autocast=autocast)
     assert measured.kept_by_layer == predicted.kept_by_layer
     assert abs(measured.peak_bytes - predicted.peak_bytes) <= 0.01 * measured.peak_bytes
     assert untaught(measured) <= NOT_LEAN.get(name, set())
