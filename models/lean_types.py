@@ -7,7 +7,9 @@ from timm.layers.activations import QuickGELU
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.metaformer import GroupNorm1NoBias, LayerNorm2dNoBias, LayerNormNoBias, StarReLU
 from timm.models.regnet import RegNet
+from timm.models.senet import SEModule as LegacySEModule
 from torch import Tensor, nn
 
 from trady_triton.models.activation import LeanGELU, LeanGELUTanh
@@ -38,16 +40,17 @@ PACKED = (
     layers.GroupNorm, layers.GroupNorm1, layers.GroupNormAct, layers.GroupNorm1Act, layers.RmsNorm2d,
     layers.RmsNorm2dFp32, layers.RmsNormAct2d, layers.SimpleNorm2d, layers.LayerNorm2dFp32, layers.LayerNormAct2d,
     layers.FilterResponseNormAct2d, layers.FilterResponseNormTlu2d, layers.EvoNorm2dS0, layers.EvoNorm2dS0a,
-    layers.EvoNorm2dS1, layers.EvoNorm2dS2, torchvision.models.convnext.LayerNorm2d,
+    layers.EvoNorm2dS1, layers.EvoNorm2dS2, torchvision.models.convnext.LayerNorm2d, GroupNorm1NoBias,
+    LayerNorm2dNoBias,
     # gates
     SqueezeExcite, layers.SEModule, layers.EffectiveSEModule, layers.EcaModule, layers.CecaModule, layers.GatherExcite,
-    layers.GlobalContext, ChannelAttn, SpatialAttn, torchvision.ops.misc.SqueezeExcitation,
+    layers.GlobalContext, LegacySEModule, ChannelAttn, SpatialAttn, torchvision.ops.misc.SqueezeExcitation,
     # activations
-    layers.Mish, QuickGELU, layers.Sigmoid, layers.Tanh,
+    layers.Mish, QuickGELU, layers.Sigmoid, layers.Tanh, StarReLU,
 )  # fmt: skip
 PACKED_ROWS = (
     layers.RmsNorm, layers.RmsNormFp32, layers.RmsNormAct, layers.SimpleNorm, layers.SimpleNormFp32,
-    layers.LayerNormAct, layers.LayerNormFp32,
+    layers.LayerNormAct, layers.LayerNormFp32, LayerNormNoBias,
 )  # fmt: skip
 
 

@@ -59,7 +59,6 @@ MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "cait_xxs24_224": (64, {"img_size": 64, "depth": 2}),
     "coat_tiny": (64, {"img_size": 64}),
     "convit_tiny": (64, {"img_size": 64}),
-    "cpubone_nano": (64, {}),
     "davit_tiny": (64, {"depths": (1, 1, 1, 1)}),
     "eca_botnext26ts_256": (128, {"img_size": 128}),
     "edgenext_xx_small": (64, {}),

@@ -13,6 +13,8 @@ from kept import forward_backward, kept_bytes, lean_twin
 from timm.layers.cbam import ChannelAttn, SpatialAttn
 from timm.layers.grn import GlobalResponseNorm
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.metaformer import StarReLU
+from timm.models.senet import SEModule as LegacySEModule
 from torch import nn
 from torchvision.ops.misc import SqueezeExcitation
 
@@ -51,6 +53,7 @@ PACKED = {  # those that keep their input, with the rows of its code
     "filter-response-norm": (timm.layers.FilterResponseNormAct2d(8, act_layer=nn.SiLU), 3 * 8),
     "evo-norm": (timm.layers.EvoNorm2dS0(8, group_size=4), 3 * 8),
     "mish": (nn.Mish(), 3 * 8),
+    "star-relu": (StarReLU(), 3 * 8),
     "quick-gelu": (timm.layers.QuickGELU(), 3 * 8),
     "response-norm": (GlobalResponseNorm(7), 3 * 7),
     "response-norm-2d": (GlobalResponseNorm(8, channels_last=False), 3 * 8),
@@ -59,6 +62,7 @@ GATES = {
     "squeeze-excite": SqueezeExcite(8, rd_ratio=0.5),
     "se-module": timm.layers.SEModule(8, rd_channels=4),
     "effective-se": timm.layers.EffectiveSEModule(8),
+    "legacy-se": LegacySEModule(8, 2),
     "torchvision-se": SqueezeExcitation(8, 4),
     "eca": timm.layers.EcaModule(8),
     "gather-excite": timm.layers.GatherExcite(8, use_mlp=False),

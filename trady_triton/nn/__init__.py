@@ -36,7 +36,7 @@ register_lean(nn.Dropout, LeanDropout)
 register_lean(nn.MaxPool2d, LeanMaxPool2d)
 register_lean(nn.AvgPool2d, LeanAvgPool2d)
 register_lean(nn.Sequential, LeanSequential)
-_AFFINE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_AFFINE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.AvgPool1d)
 _PACKED: tuple[type[nn.Module], ...] = (nn.ELU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh)
 for _kind in _AFFINE:
     register_lean(_kind, affine(_kind))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-_NAMES = ("attn", "attention", "mhsa", "gpsa", "xca", "mla")
+_NAMES = ("attn", "attention", "mhsa", "shma", "gpsa", "xca", "mla")
 
 
 def attention_modules(model: nn.Module) -> set[str]:
