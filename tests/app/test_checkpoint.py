@@ -146,6 +146,12 @@ def test_a_missing_file_is_named(tmp_path):
         Checkpoint.load(tmp_path / "none.pt")
 
 
+def test_a_file_that_goes_while_it_is_read_is_missing_and_not_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: True)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file"):
+        Checkpoint.load(tmp_path / "none.pt")
+
+
 def test_a_checkpoint_of_another_model_is_an_error(parts, saved):
     net, optimizer, scheduler = parts
     net.reset_classifier(7)

@@ -141,6 +141,8 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:  # since the question: it is being replaced
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: truncated, damaged, or no file of tensors ({type(error).__name__})") from error
 
