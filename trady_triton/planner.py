@@ -40,10 +40,14 @@ def make_plan(
         memory: bytes of the whole step, such as "2GiB".
         model: the model, for `memory` or without a ranking.
         input_shape: of the batch, as for `ledger`, for `memory`; a shipped ranking must be of its image size.
-        options: such as coverage, k, layers, fill, seed, policy; for a budget batch_size and dtypes, for a memory
-            allow, micro_batch, target, loss_fn, autocast.
+        options: of either: coverage or k or layers, which make the pool; sampler, dgrad_budget, fill and seed of the
+            draws; cost_model; optimizer, whose state counts; store, "int8" or "int4"; train_bias, train_norm; policy of
+            the frozen layers. For a budget also batch_size, dtype, activation_dtype, which decide what a channel costs
+            in bytes (1 sample, float32), and correction_cap. For a memory allow, micro_batch, target, loss_fn,
+            autocast.
 
     Raises:
+        TypeError: an argument of the wrong kind, or an unknown option.
         ValueError: an option out of its range; no ranking, and none is shipped for the model; or a budget or memory in
             which no channel can be trained: the message names the smallest that works.
     """
