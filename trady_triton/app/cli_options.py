@@ -93,7 +93,7 @@ class Planning:
         str, typer.Option(help="Keep drawn channels as they are (same), or in int8 or int4: more fit.")
     ] = "same"
     recompute: Annotated[
-        bool, typer.Option(help="Run blocks again in the backward where that keeps half or less: exact.")
+        bool, typer.Option(help="Run blocks again in the backward where that spares enough memory: exact.")
     ] = True
     optimizer: Annotated[str, typer.Option(help="sgd (the paper's), momentum (0.9) or adamw.")] = "sgd"
 
