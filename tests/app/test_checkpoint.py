@@ -90,6 +90,13 @@ def test_a_foreign_file_is_an_error(tmp_path, content, message):
         Checkpoint.load(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("change", [{"run": 3}, {"epoch": "1"}, {"optimizer": {}}, {"random": {}}])
+def test_a_file_with_the_wrong_things_in_it_is_an_error(parts, saved, change):
+    torch.save(torch.load(saved) | change, saved)
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpoint.load(saved).restore(*parts)
+
+
 class Harmful:
     def __init__(self, victim):
         self.victim = victim

@@ -39,6 +39,11 @@ class Checkpoint:
     scheduler: dict[str, Any]
     random: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        for name, kind in (("run", dict), ("epoch", int), ("step", int), ("tally", dict)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} is a {type(value).__name__}")
+
     @classmethod
     def take(
         cls, run: dict[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: Scheduler, **progress: Any
