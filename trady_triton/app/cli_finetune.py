@@ -25,14 +25,15 @@ from trady_triton.app.tables import RunBar, plan_summary
 
 @command
 def finetune(
-    network: Network,
+    *,
     data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
-    planning: Planning,
-    plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
+    planning: Planning,
+    plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
+    network: Network,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
     max_grad_norm: Annotated[
         float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")

@@ -22,8 +22,8 @@ _DRAWN = [name for name, kind in STRATEGIES.items() if not (kind.is_probed or ki
 DataFolder = Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")]
 ImageSize = Annotated[int | None, typer.Option(min=8, help="Input height and width; the model's own by default.")]
-OutFile = Annotated[Path | None, typer.Option(callback=check_file, help="Write it here, as JSON.")]
-PlotFile = Annotated[Path | None, typer.Option(callback=check_file, help="Draw it into this PNG.")]
+OutFile = Annotated[Path | None, typer.Option(callback=check_file, help="Write the result here, as JSON.")]
+PlotFile = Annotated[Path | None, typer.Option(callback=check_file, help="Draw the result into this PNG.")]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Network:
         str | None, typer.Option(help='More for timm.create_model, as JSON: {"pad_type": "same"}.')
     ] = None
     image_size: ImageSize = None
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything that is random.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything that is random.")] = 0
 
     def __post_init__(self) -> None:
         check_name(self.net)

@@ -20,10 +20,11 @@ from trady_triton.search import EXACT
 
 @command
 def plan(
-    network: Network,
-    planning: Planning,
+    *,
     memory: Annotated[str | None, typer.Option(help="Bytes of the whole step (2GiB), instead of --budget.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples whose inputs are stored at once; for bytes.")] = 1,
+    planning: Planning,
+    network: Network,
     out: OutFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
     ledger: Annotated[bool, typer.Option("--ledger", help="Predict the memory and FLOPs of a step.")] = False,
