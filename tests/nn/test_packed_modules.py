@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.ops.misc import SqueezeExcitation
 
 import trady_triton.models  # noqa: F401  teaches timm's types
+from trady_triton.meters import FlopsByKind
 from trady_triton.slot import ChannelSlot
 
 X = (3, 8, 9, 7)
@@ -252,6 +253,14 @@ def test_channels_drawn_within_a_packed_gate_have_their_gradients():
         plain(x).backward(dy)
         dense = plain.conv_reduce.weight.grad.transpose(0, 1)[::2]
         assert 0 < (slot.proxy.grad - dense).norm() <= 0.03 * dense.norm()
+
+
+def test_flops_are_counted_through_a_packed_gate():
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), SqueezeExcitation(8, 4)).requires_grad_(False)
+    lean, x = lean_twin(net, activations=8), sample(torch.float32).requires_grad_()
+    with FlopsByKind(lean) as flops:
+        lean(x).sum().backward()
+    assert flops.dgrad_flops > 0
 
 
 def test_what_is_random_or_writes_to_its_input_is_not_run_twice():
