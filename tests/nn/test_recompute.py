@@ -293,6 +293,9 @@ def test_a_policy_recomputes_attention_of_any_type():
         kept[attention] = books.by_layer["1.self_attn"]
         del y
     assert kept["recompute"] == x.numel() * 4 < kept["keep"]
+    model = apply_plan(net, replace(plan, policy=Policy(attention="recompute", recompute=("1",))))
+    model[0].slot.set(range(8))
+    model(x).sum().backward()  # one recomputed inside the other, and given one tensor thrice
 
 
 def recomputed_copy(module: nn.Module) -> nn.Module:

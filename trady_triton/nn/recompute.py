@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from trady_triton.nn.made import made
@@ -42,7 +42,8 @@ def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, *
     args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
     parts = _parts(module, args, kwargs)
     if parts < 2:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        run, tensors = _of_each_once(forward, args, kwargs)
+        return checkpoint(run, *tensors, use_reentrant=False)
     x, *others = args
     run = partial(checkpoint, forward, use_reentrant=False)
     outputs = [run(part, *others, **kwargs) for part in x.chunk(parts)]
@@ -51,6 +52,22 @@ def run_recomputed(module: nn.Module, forward: Callable[..., Any], *args: Any, *
             f"recompute_parts {parts}: {type(module).__name__} returns {type(outputs[0]).__name__}, wanted a tensor"
         )
     return torch.cat(outputs)
+
+
+def _of_each_once(forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The call as a function of its tensors, each once: a nested checkpoint would make three of attention's x, x, x."""
+    leaves, spec = tree_flatten((args, kwargs))
+    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    order = [places.get(id(leaf)) for leaf in leaves]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(*tensors: Tensor) -> Any:
+        again = [other if place is None else tensors[place] for place, other in zip(order, others, strict=True)]
+        args, kwargs = tree_unflatten(again, spec)
+        return forward(*args, **kwargs)
+
+    return run, tensors
 
 
 def _parts(module: nn.Module, args: Any, kwargs: Any) -> int:
