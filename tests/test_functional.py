@@ -256,7 +256,7 @@ def test_autocast_stores_what_the_product_saw(case):
     assert x.grad.dtype == slot.proxy.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [[0, 0], [5], [-1]])
+@pytest.mark.parametrize("wrong", [[0, 0], [5], [-1], [3, 1]])
 def test_impossible_channels_are_refused_and_the_draw_stays(wrong):
     *_, slot, _ = conv_case("plain", [1, 2])
     with pytest.raises(ValueError, match="ascending ids"):
