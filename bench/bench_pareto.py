@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from trady_triton.bench.config import RESULTS
+from trady_triton.bench.config import RESULTS, Mode
 from trady_triton.bench.equal_memory import show_verdicts
 from trady_triton.bench.grid import run
 from trady_triton.bench.tables import wide_console
 
 
 def main(
-    mode: Annotated[str, typer.Option(help="cpu, quick or cuda.")] = "cpu",
+    mode: Mode = "cpu",
     minutes: Annotated[float, typer.Option(help="Cases that do not start before are left for the next run.")] = 5.0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from trady_triton.bench.config import RESULTS, nets_of
+from trady_triton.bench.config import RESULTS, Mode, nets_of
 from trady_triton.bench.grid import run
 from trady_triton.bench.methods import in_order
 from trady_triton.bench.store import Store
@@ -22,7 +22,7 @@ def show(store: Store, mode: str, console: Console) -> None:
 
 
 def main(
-    mode: Annotated[str, typer.Option(help="cpu, quick or cuda.")] = "cpu",
+    mode: Mode = "cpu",
     minutes: Annotated[float, typer.Option(help="Cases that do not start before are left for the next run.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:

@@ -92,12 +92,15 @@ class Bench:
     def _timed(self, training: Training, step: Step, repeats: int) -> dict[str, Any]:
         """Milliseconds of steps of the method, and of full fine-tuning of the whole batch, in turn; each draws anew.
 
-        What is timed has been counted, so it has run before. Rounds end early where their ratios agree.
+        What is timed has been counted, so it has run before, and a new draw takes a step that is not timed, as it
+        serves an epoch in training. Rounds end early where their ratios agree.
         """
         mine: list[float] = []
         full: list[float] = []
         for repeat in range(repeats):
             training.begin(repeat)
+            if training.start_epoch is not None:
+                training.step(step)
             mine.append(1e3 * seconds(training, step))
             full.append(1e3 * seconds(self._full, self.whole))
             ratios = sorted(a / b for a, b in zip(mine, full, strict=True))
@@ -149,8 +152,9 @@ def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compil
 def inference_peak(model: nn.Module, step: Step) -> int:
     """Peak bytes of a forward without gradients, beyond weights and batch: the floor of every step."""
     mode = model.training
+    step.inference(model.eval())  # cuDNN tries algorithms with large workspaces where it meets a shape first
     with peak_memory(step.inputs.device) as memory:
-        step.inference(model.eval())
+        step.inference(model)
     model.train(mode)
     return memory.peak_bytes
 

@@ -67,18 +67,24 @@ def layers() -> list[Layer]:
 
 def work(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Work:
     """Inputs of a layer on a device, and its weight gradients."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    channels = torch.randperm(layer.in_channels, generator=generator)[: layer.drawn].sort().values.to(device)
+    channels = drawn_channels(layer, generator)
     if layer.kind == "linear":
         tokens = batch * layer.size**2
         return _linear(layer, noise(tokens, layer.in_channels), noise(tokens, layer.out_channels), channels)
     x = noise(batch, layer.in_channels, layer.size, layer.size)
     dy = noise(batch, layer.out_channels, layer.out_size, layer.out_size)
     return _product(layer, x, dy, channels) if layer.is_product else _conv(layer, x, dy, channels)
+
+
+def drawn_channels(layer: Layer, generator: torch.Generator) -> Tensor:
+    """Ids of a draw, ascending, on the generator's device."""
+    ids = torch.randperm(layer.in_channels, generator=generator, device=generator.device)
+    return ids[: layer.drawn].sort().values
 
 
 def _linear(layer: Layer, x: Tensor, dy: Tensor, channels: Tensor) -> Work:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady_triton.bench.layers import Layer, Work
+from trady_triton.bench.layers import Layer, Work, drawn_channels
 from trady_triton.ops import act_pack, scatter_update_, sgd_hyper, store_channels
 from trady_triton.ops.act_pack import pack_bytes
 from trady_triton.ops.scatter_update import update_bytes
@@ -54,12 +54,13 @@ def activation(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: 
 
 def update(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Work:
     """SGD on the drawn channels of a float32 weight, against SGD on all of it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     width, kernel = layer.in_channels // layer.groups, (layer.kernel,) * 2 if layer.kind == "conv" else ()
-    weight = torch.randn(layer.out_channels, width, *kernel, generator=generator).to(device)
-    dense_grad = torch.randn(weight.shape, generator=generator).to(device)
-    grads = torch.randn(layer.drawn, layer.out_channels // layer.groups, *kernel, generator=generator).to(device)
-    channels = _channels(layer, generator).to(device)
+    weight = torch.randn(layer.out_channels, width, *kernel, generator=generator, device=device)
+    dense_grad = torch.randn(weight.shape, generator=generator, device=device)
+    compact = (layer.drawn, layer.out_channels // layer.groups, *kernel)
+    grads = torch.randn(compact, generator=generator, device=device)
+    channels = drawn_channels(layer, generator)
     hyper = torch.tensor([sgd_hyper(LR)], dtype=torch.float64)
 
     def sparse() -> Tensor:
@@ -81,12 +82,9 @@ MOVERS: dict[str, Callable[..., Work]] = {"store": store, "activation": activati
 
 
 def _input(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, layer.in_channels, layer.size, layer.size)
+    generator = torch.Generator(device).manual_seed(seed)
+    shape: tuple[int, ...] = (batch, layer.in_channels, layer.size, layer.size)
     if layer.kind == "linear":
-        shape = (batch * layer.size**2, layer.in_channels)  # type: ignore[assignment]
-    return torch.randn(shape, generator=generator).to(device, dtype), _channels(layer, generator).to(device)
-
-
-def _channels(layer: Layer, generator: torch.Generator) -> Tensor:
-    return torch.randperm(layer.in_channels, generator=generator)[: layer.drawn].sort().values
+        shape = (batch * layer.size**2, layer.in_channels)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    return x, drawn_channels(layer, generator)

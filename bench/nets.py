@@ -6,6 +6,7 @@ Time, bytes and FLOPs do not depend on what the weights are; gradients that are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import timm
@@ -55,10 +56,7 @@ class Net:
 
     def inputs(self, batch: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Noise for images, the same at every call."""
-        generator = torch.Generator().manual_seed(1)
-        shape = (batch or self.batch, *self.input_shape[1:])
-        images = torch.randn(shape, generator=generator).to(self.device, dtype)
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        return _images((batch or self.batch, *self.input_shape[1:]), dtype, self.device, self.channels_last)
 
     def target(self, batch: int | None = None) -> Tensor:
         """Random labels."""
@@ -82,6 +80,12 @@ class Net:
         autocast = content["autocast"]
         return cls(content["net"], content["batch"], content["image_size"], content["device"],
                    None if autocast is None else getattr(torch, autocast), content["channels_last"])  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _images(shape: tuple[int, ...], dtype: torch.dtype, device: str, channels_last: bool) -> Tensor:
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from trady_triton.bench.bench_bars import bars_table
 from trady_triton.bench.bench_memory import memory_table
 from trady_triton.bench.equal_memory import summary
 from trady_triton.bench.methods import METHODS
@@ -54,6 +55,7 @@ TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "memory": ("memory.json", KIND, lambda contents: memory_table(list(contents[0]["cases"].values()))),
     "demo": ("demo.json", "demo", lambda contents: demo_table(contents[0])),
     "steps": ("*/step.json", KIND, _each_device(steps_table)),
+    "bars": ("*/bars.json", KIND, _each_device(bars_table)),
     "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
     "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
     "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),

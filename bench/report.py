@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trady_triton.bench.bench_bars import DRAWS, ROUNDS, bars_table
 from trady_triton.bench.config import RESULTS
 from trady_triton.bench.equal_memory import TIE, front, points, verdict_table, verdicts
 from trady_triton.bench.methods import in_order
@@ -25,6 +26,10 @@ gradients, which no training step undercuts. "Predicted" stands after what it pr
 tensors. Time is the median of a step's ratios to a step of full fine-tuning, both run in turn in one process. The \
 last column is the gate: the relative error of the gradients of all that is trained, against plain PyTorch in float64 \
 (optimizers: float32); a method that fails it shows no speed."""
+ON_BARS = f"""The rival trains the layers that TraDy's epoch has drawn, whole, in plain PyTorch, with all else frozen \
+and BatchNorm in eval mode: once as it is, beside lean layers where nothing is recomputed; once under timm's \
+checkpointing, beside the blocks that `choose_recompute` picks. All ways take steps in turn, {ROUNDS} in each of \
+{DRAWS} draws, after one that is not timed; the median of the ratios of neighbours counts."""
 ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from 1 to the batch; times are ratios to full \
 fine-tuning of the whole batch. The table takes every peak between the smallest in which TraDy works and twice \
 that, wherever an answer changes, and shows the fastest way within it: TraDy, the same pool of layers trained \
@@ -36,7 +41,7 @@ part."""
 def report(folder: Path) -> str:
     """Everything that a folder of results holds; plots are drawn beside it."""
     parts = []
-    for name, section in (("step", _steps), ("pareto", _pareto), ("ops", _ops)):
+    for name, section in (("step", _steps), ("bars", _bars), ("pareto", _pareto), ("ops", _ops)):
         if (folder / f"{name}.json").exists():
             content = read_json(folder / f"{name}.json", KIND)
             if not parts:
@@ -59,6 +64,10 @@ def _steps(content: dict[str, Any], folder: Path) -> str:
                   markdown(STEP_COLUMNS, [step_cells(row) for row in rows if row["status"] == "ok"])]  # fmt: skip
         lines += ["", *[f"- {why_not(row)}" for row in rows if row["status"] != "ok"]]
     return "\n".join(lines)
+
+
+def _bars(content: dict[str, Any], folder: Path) -> str:
+    return f"## Steps beside plain PyTorch with the same layers frozen\n\n{ON_BARS}\n\n{bars_table(content)}"
 
 
 def _pareto(content: dict[str, Any], folder: Path) -> str:

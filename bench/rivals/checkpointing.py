@@ -24,3 +24,8 @@ def full(model: nn.Module, setup: Setup) -> Training:
 def pool_dense(model: nn.Module, setup: Setup) -> Training:
     """All weights of the layers that TraDy draws from."""
     return partial.pool_dense(_checkpointed(model), setup)
+
+
+def drawn_dense(model: nn.Module, setup: Setup) -> Training:
+    """All weights of the layers that TraDy's epoch draws from."""
+    return partial.drawn_dense(_checkpointed(model), setup)

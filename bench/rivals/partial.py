@@ -38,6 +38,19 @@ def pool_dense(model: nn.Module, setup: Setup) -> Training:
     return sgd(model, setup, pool | setup.inside(setup.head, model))
 
 
+def drawn_dense(model: nn.Module, setup: Setup) -> Training:
+    """All weights of the layers that TraDy's epoch draws from, and the head."""
+    head, plan = setup.inside(setup.head, model), setup.plan(setup.options["budget"])
+    trained = set(head)
+
+    def start_epoch(epoch: int) -> None:
+        trained.clear()
+        trained.update(head | {f"{name}.weight" for name in plan.sample(epoch)})
+        list(freeze(model, trained))
+
+    return Training(model, SGD(model.parameters(), lr=setup.lr), trained, start_epoch=start_epoch)
+
+
 def random_block(model: nn.Module, setup: Setup) -> Training:
     """LISA's idea: one block an epoch, drawn at random, and the head."""
     head, names = setup.inside(setup.head, model), blocks(model)

@@ -1,0 +1,58 @@
+"""The pairs of the bars train the same layers, are checked before they are timed, and make one row a net."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from trady_triton.bench import bench_bars
+from trady_triton.bench.bench_bars import DRAWS, PAIRS, ROUNDS, WAYS, bars_table, measure
+from trady_triton.bench.methods import Method
+from trady_triton.bench.nets import Net
+from trady_triton.bench.readme import filled
+from trady_triton.bench.rivals import partial
+from trady_triton.bench.training import Setup
+
+NET = Net("mobilenetv2_w035", batch=2, image_size=32)
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_the_rival_trains_the_layers_that_are_drawn_whole_and_nothing_else(way: str) -> None:
+    model = NET.build()
+    setup = Setup(NET, NET.rank(model), ("16KiB",) * 3)
+    ours, rival = (WAYS[name].set_up(NET.build(), setup) for name in (way, PAIRS[way]))
+    layers = set()
+    for epoch in range(2):
+        drawn = set(ours.plan.sample(epoch))
+        rival.begin(epoch)
+        assert rival.trained == {f"{name}.weight" for name in drawn} | {"fc.weight", "fc.bias"}
+        assert {name for name, p in rival.model.named_parameters() if p.requires_grad} == rival.trained
+        layers |= {frozenset(drawn)}
+    assert len(layers) == 2  # another draw, other layers
+
+
+def test_a_row_holds_both_ratios_and_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = bench_bars.run("quick", tmp_path, Console(quiet=True), [NET])
+    row = store.rows[NET.name]
+    assert row["status"] == "ok", row
+    assert {len(row[way]["ms"]) for way in WAYS} == {DRAWS * ROUNDS}
+    assert row["lean"]["kept_bytes"] < row["frozen"]["kept_bytes"]
+    text = filled("<!-- bench:bars -->\n<!-- /bench -->", store.path.parent.parent)
+    assert "mobilenetv2_w035" not in text  # a quick run is not shown
+    cells = bars_table({"cases": store.rows}).splitlines()[-1].split(" | ")
+    assert cells[1:3] == [f"{row['ratios'][way]:.2f}" for way in PAIRS]
+    monkeypatch.setattr(bench_bars, "measure", None)  # it is done
+    assert bench_bars.run("quick", tmp_path, Console(quiet=True), [NET]).rows == store.rows
+
+
+def test_a_red_gate_shows_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model, setup):
+        training = partial.drawn_dense(model, setup)
+        model.fc.weight.register_hook(lambda grad: 1.01 * grad)
+        return training
+
+    monkeypatch.setitem(bench_bars.WAYS, "frozen", Method("wrong", wrong, budget=1))
+    row = measure(NET, "16KiB")
+    assert row["status"] == "red"
+    assert "wrong: gradients err" in row["why"]
+    assert "| red: wrong" in bars_table({"cases": {"net": NET.described() | row}})
