@@ -123,7 +123,7 @@ def test_tables_between_markers_are_made_from_results_and_the_rest_stays(tmp_pat
 
 
 def test_an_unknown_marker_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="marker bench:speed: wanted one of memory, demo, steps, equal_memory"):
+    with pytest.raises(ValueError, match="marker bench:speed: wanted one of memory, demo, steps, bars, equal_memory"):
         filled("<!-- bench:speed -->\n<!-- /bench -->", tmp_path)
 
 
