@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from trady_triton.bench.bench_bars import bars_table
 from trady_triton.bench.bench_memory import memory_table
 from trady_triton.bench.equal_memory import summary
+from trady_triton.bench.markers import fill_blocks
 from trady_triton.bench.methods import METHODS
 from trady_triton.bench.store import KIND, Row
 from trady_triton.bench.tables import markdown, mib, origin, short
 from trady_triton.bench.tables_lean import kept_table, peak_table
 from trady_triton.serial import read_json
-
-_BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench -->", re.DOTALL)
 
 
 def demo_table(content: Row) -> str:
@@ -69,15 +67,12 @@ def filled(text: str, results: Path) -> str:
         ValueError: a marker that no table belongs to.
     """
 
-    def table(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"marker bench:{name}: wanted one of {', '.join(TABLES)}")
+    def table(name: str) -> str | None:
         _, kind, make = TABLES[name]
         contents = [read_json(path, kind) for path in sources(name, results)]
-        return f"<!-- bench:{name} -->\n\n{make(contents)}\n\n<!-- /bench -->" if contents else match[0]
+        return make(contents) if contents else None
 
-    return _BLOCK.sub(table, text)
+    return fill_blocks(text, "bench", TABLES, table)
 
 
 def sources(name: str, results: Path) -> list[Path]:

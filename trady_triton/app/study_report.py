@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from trady_triton.app.experiment import read_csv
+from trady_triton.bench.markers import fill_blocks
 
 Rows = Sequence[Mapping[str, str]]
-
-_BLOCK = re.compile(r"<!-- study:(\w+) -->\n(.*?)<!-- /study -->", re.DOTALL)
 
 
 def refresh(page: Path, folder: Path) -> None:
@@ -22,15 +20,11 @@ def refresh(page: Path, folder: Path) -> None:
         ValueError: a marker that no table belongs to.
     """
 
-    def filled(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"{page}: marker study:{name}: wanted one of {', '.join(TABLES)}")
-        file, table = TABLES[name]
-        path = folder / file
-        return f"<!-- study:{name} -->\n\n{table(read_csv(path))}\n\n<!-- /study -->" if path.exists() else match[0]
+    def table(name: str) -> str | None:
+        file, make = TABLES[name]
+        return make(read_csv(folder / file)) if (folder / file).exists() else None
 
-    page.write_text(_BLOCK.sub(filled, page.read_text()))
+    page.write_text(fill_blocks(page.read_text(), "study", TABLES, table))
 
 
 def _strategies(rows: Rows) -> str:
