@@ -12,7 +12,7 @@ from trady_triton.bench.markers import fill_blocks
 from trady_triton.bench.methods import METHODS
 from trady_triton.bench.store import KIND, Row
 from trady_triton.bench.tables import markdown, mib, origin, short
-from trady_triton.bench.tables_lean import kept_table, peak_table
+from trady_triton.bench.tables_lean import error_table, kept_table, peak_table
 from trady_triton.serial import read_json
 
 
@@ -56,6 +56,7 @@ TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "bars": ("*/bars.json", KIND, _each_device(bars_table)),
     "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
     "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
+    "lean_errors": ("lean.json", KIND, lambda contents: error_table(list(contents[0]["cases"].values()))),
     "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),
 }
 

@@ -57,7 +57,7 @@ ALLOWED = {
     "promise": {"torch", "batch", "meters", "nn", "plan", "rehearsal", "slot"},
     "trace": {"torch", "batch", "meters"},
     "choose": {"torch", "arguments", "batch", "microbatch", "nn", "plan", "policy", "rehearsal", "trace"},
-    "search": {"torch", "batch", "budget", "choose", "plan", "policy", "promise", "ranking", "rehearsal"},
+    "search": {"torch", "batch", "budget", "choose", "microbatch", "plan", "policy", "promise", "ranking", "rehearsal"},
     "planner": {"torch", "arguments", "batch", "plan", "ranking", "search", "strategies"},
     "__init__": {"choose", "delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }

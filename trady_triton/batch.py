@@ -78,6 +78,13 @@ def samples_in(shape: Shape) -> int:
     return num_samples(shape) if isinstance(shape, Mapping) else shape[0]
 
 
+def first_of(shape: Shape, size: int | None) -> Shape:
+    """The shape of the first samples, at most `size`; of all without."""
+    if isinstance(shape, Mapping):
+        return {name: tensor[:size] for name, tensor in shape.items()}
+    return (shape[0] if size is None else min(size, shape[0]), *shape[1:])
+
+
 def made_to(shape: Shape, like: Tensor) -> Batch:
     """A batch of that shape without content, on the device of `like`, and of its dtype unless the shape has dtypes."""
     if isinstance(shape, Mapping):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from trady_triton.microbatch import casts
 from trady_triton.nn.chain import links_of, run_name
 from trady_triton.plan import Plan
 from trady_triton.policy import Policy
-from trady_triton.rehearsal import fake_copy, train_under
+from trady_triton.rehearsal import fake_copy, train_under, trained_by
 from trady_triton.trace import Call, Trace, trace_step
 
 PRICE = 0.02  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
@@ -64,10 +65,10 @@ def choose_recompute(
         return bare
     drawn = plan.sample(0, scores)
     with fake_copy(model) as twin:
-        train_under(twin, bare, drawn)
+        trained = trained_by(train_under(twin, bare, drawn))
         inputs = made_to(input_shape, next(p for p in twin.parameters() if p.is_floating_point()))
         with casts(device_of(inputs), autocast):
-            trace = trace_step(twin, inputs)
+            trace = trace_step(twin, trained, inputs)
         calls = [call for call in (*trace.calls, *_runs(twin, trace)) if _can_run_again(call, plan)]
     most = min(MOST_PARTS, samples_in(input_shape)) if can_part(model, plan.policy) else 1
     choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
@@ -104,37 +105,38 @@ _Way = tuple[float, float, _Unit | None]
 
 def _in_fewest_parts(trace: Trace, calls: list[Call], asked: int, samples: int, most: int) -> _Choice:
     """In `asked` parts if that is more than one, otherwise in few, at most `most`."""
-    choice = _choose(trace, calls, asked)
+    choice = _choose(trace, calls, samples, asked)
     if asked > 1:
         return choice
     while choice.lowest > SLACK * trace.inference_peak and 2 * choice.parts <= most:
         is_small = samples < 2 * SMALL_PART * choice.parts
         if is_small and choice.lowest <= 2 * trace.inference_peak:
             break
-        finer = _choose(trace, calls, 2 * choice.parts)
+        finer = _choose(trace, calls, samples, 2 * choice.parts)
         if finer.lowest * SLACK > choice.lowest:
             break
         choice = finer
     return choice
 
 
-def _choose(trace: Trace, calls: list[Call], parts: int) -> _Choice:
-    paths = _Paths(trace, calls, parts)
-    lowest = paths.lowest_peak()
+def _choose(trace: Trace, calls: list[Call], samples: int, parts: int) -> _Choice:
+    paths = _Paths(trace, calls, samples, parts)
+    as_it_is = max(max(stretch.forward, stretch.backward) for stretch in trace.stretches)
+    lowest = min(paths.lowest_peak(), as_it_is)  # the former counts what is kept and in use twice
     limit = int(SLACK * max(lowest, trace.inference_peak))
     names = paths.cheapest(limit, PRICE)
-    if names is None:
+    if names is None:  # what it spares for its price keeps more up to some point
         names = paths.cheapest(limit, 0.0)
-    assert names is not None
-    return _Choice(names, parts, lowest)
+    return _Choice(names or (), parts, lowest)
 
 
 class _Paths:
     """The ways through the stretches of a trace, each as it is or inside a unit."""
 
-    def __init__(self, trace: Trace, calls: list[Call], parts: int) -> None:
+    def __init__(self, trace: Trace, calls: list[Call], samples: int, parts: int) -> None:
         self.stretches = trace.stretches
         self.inference_peak = trace.inference_peak
+        self.share = ceil(samples / parts) / samples
         self.kept = [0, *accumulate(stretch.kept for stretch in self.stretches)]
         self.needs = [
             max(stretch.inference, max(stretch.forward, stretch.backward) - kept)
@@ -142,8 +144,11 @@ class _Paths:
         ]
         self.units: dict[int, list[_Unit]] = {}
         for call in calls:
-            if self.kept[call.stop] - self.kept[call.start] > call.inputs > 0 and (parts == 1 or call.is_parted):
-                self.units.setdefault(call.stop, []).append(self._unit(call, parts))
+            spares = self.kept[call.stop] - self.kept[call.start] - call.inputs
+            if spares > 0 < call.inputs and (parts == 1 or call.is_parted):
+                unit = self._unit(call)
+                if spares >= PRICE * unit.writes:
+                    self.units.setdefault(call.stop, []).append(unit)
 
     def cheapest(self, limit: int, price: float) -> tuple[str, ...] | None:
         """Names of the units that keep the fewest bytes, plus `price` for each that is written again, within a peak.
@@ -173,21 +178,22 @@ class _Paths:
                 high = middle
         return high
 
-    def _unit(self, call: Call, parts: int) -> _Unit:
+    def _unit(self, call: Call) -> _Unit:
         inside = range(call.start, call.stop)
         kept = self.kept[call.start]
-        arrived = [i for i in inside if self.stretches[i].arrival]
-        gradients = self.stretches[arrived[-1]].arrival - self.kept[arrived[-1] + 1] if arrived else call.outputs
+        last = max((i for i in inside if self.stretches[i].arrival), default=None)
+        arrived = call.outputs if last is None else self.stretches[last].arrival - self.kept[last + 1]
         forward = max(self.stretches[i].inference for i in inside)
         again = max(
-            gradients + max(self.stretches[i].forward for i in inside) - kept,
+            arrived + max(self.stretches[i].forward for i in inside) - kept,
             max(self.stretches[i].backward for i in inside) - kept + call.unkept,
         )
-        if parts > 1:  # the working set is that of a part, but for whole outputs and gradients
+        if self.share < 1:  # the working set is that of a part, but for whole outputs and gradients
             before = max(call.inputs, call.before - kept)
-            forward = before + call.outputs + max(call.outputs, (forward - before) // parts)
-            fixed = gradients + call.inputs
-            again = fixed + call.inputs + max(call.inputs, (again - fixed) // parts)
+            forward = before + call.outputs + max(call.outputs, int((forward - before) * self.share))
+            made = [self.stretches[i].gradients for i in inside]
+            fixed = arrived + call.inputs + sum(made)
+            again = fixed + max(made) + call.inputs + max(call.inputs, int((again - fixed) * self.share))
         writes = sum(self.stretches[i].written for i in inside)
         return _Unit(call.name, call.start, call.inputs, max(forward, again), writes)
 

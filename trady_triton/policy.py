@@ -24,8 +24,9 @@ class Policy:
             0.3 % a layer. 2 keeps two bits of the derivative of SiLU, GELU and Hardswish and a byte elsewhere: an
             APPROXIMATION whose error grows with the depth.
         attention: "keep" keeps q, k, v and the output; "recompute" the input alone, exactly, for a second forward.
-        recompute: names of modules that keep their input alone and run again in the backward, exactly.
-        recompute_parts: how many parts of the batch such a module runs one after another, if its first argument alone
+        recompute: names of modules that keep their inputs alone and run again in the backward, exactly; "blocks.4:10"
+            are the children 4 to 9 of the Sequential "blocks", as one.
+        recompute_parts: how many parts of the batch such a unit runs one after another, if its first argument alone
             is of the batch: what it needs for a moment is divided by as much. Smaller products may round otherwise.
     """
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trady_triton.batch import Batch, Shape, num_samples, samples_in
+from trady_triton.batch import Batch, Shape, first_of, num_samples, samples_in
 from trady_triton.budget import parse_budget
 from trady_triton.choose import can_part, choose_recompute
+from trady_triton.microbatch import check_micro_batch
 from trady_triton.plan import Plan, make_plan
 from trady_triton.policy import Policy
 from trady_triton.promise import bound
@@ -43,7 +44,7 @@ def fit_memory(
     All counts: weights, batch, activations, gradients, update; see `bound`. Where a step as it was asked for would
     leave less than a tenth of its pool to be paid for, something is given up, the gentlest first:
 
-    - "recompute": the blocks of `choose_recompute`, and attention, run twice. Exact; up to a forward more of time.
+    - "recompute": what `choose_recompute` picks runs twice, in its parts. Exact; up to a forward more of time.
     - "micro_batch": N/2, N/4, ... 1 samples at a time, if they do not see each other. Exact; smaller products. Train
       with `backward_in_parts`, or accumulate alike.
     - "store": the drawn channels in int8, without bias in their gradient.
@@ -68,18 +69,21 @@ def fit_memory(
     """
     limit = parse_memory(memory)
     _check(allow, options)
+    check_micro_batch(micro_batch)
     if micro_batch is not None:
         allow = set(allow) - {"micro_batch"}
-    ways = list(_ways(model, ranking, input_shape, set(allow), options))
     sizes = _divisions(samples_in(input_shape), model, options) if "micro_batch" in allow else [micro_batch]
+    policies = _policies(model, ranking, input_shape, sizes, autocast, "recompute" in allow, options)
     searches: list[_Search] = []
     with fake_copy(model) as twin:
         steps = [
             fake_step(twin, input_shape, target=target, loss_fn=loss_fn, autocast=autocast, micro_batch=size)
             for size in sizes
         ]
-        for equals in ways:
-            for search in (_Search(twin, ranking, step, limit, way) for step in steps for way in equals):
+        runs = [(step, policy) for step in steps for policy in policies[step.micro_batch]]
+        for way, packing in _ways(ranking, set(allow), options):
+            for step, policy in runs:
+                search = _Search(twin, ranking, step, limit, {**way, "policy": replace(policy, **packing)})
                 if search.fits(search.enough):
                     return search.largest()
                 searches.append(search)
@@ -178,30 +182,45 @@ def _check(allow: Collection[str], options: Mapping[str, Any]) -> None:
 
 
 def _ways(
-    model: nn.Module, ranking: Ranking, input_shape: Shape, allow: Collection[str], options: dict[str, Any]
-) -> Iterator[list[dict[str, Any]]]:
-    """Options of make_plan, from the gentlest on; in a list those that are equally good for the training."""
-    asked: Policy = options.get("policy", Policy())
-    policies = [asked]
-    if "recompute" in allow and asked.batch_norm != "train":
-        policies.append(_recomputed(model, ranking, input_shape, options))
-    yield [{**options, "policy": policy} for policy in policies]
+    ranking: Ranking, allow: Collection[str], options: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Options of make_plan, and what they change of the policy, from the gentlest on."""
+    packing: dict[str, Any] = {}
+    yield options, packing
     if "store" in allow and options.get("store", "same") == "same":
         options = {**options, "store": "int8"}
-        yield [{**options, "policy": policy} for policy in policies]
-    if "activations" in allow and asked.is_exact:
-        policies = [replace(policy, activations=8) for policy in policies]
-        yield [{**options, "policy": policy} for policy in policies]
+        yield options, packing
+    if "activations" in allow and options.get("policy", Policy()).is_exact:
+        packing = {"activations": 8}
+        yield options, packing
     if "frontier" in allow and not isinstance(options.get("layers"), Mapping):
         for pool in _later_pools(ranking, options):
-            later = {**options, "layers": pool, "k": None, "coverage": None}
-            yield [{**later, "policy": policy} for policy in policies]
+            yield {**options, "layers": pool, "k": None, "coverage": None}, packing
 
 
-def _recomputed(model: nn.Module, ranking: Ranking, input_shape: Shape, options: Mapping[str, Any]) -> Policy:
-    whole = make_plan(ranking, budget=f"{2**62}B", batch_size=samples_in(input_shape), **options)
-    plan = replace(whole, budget=max(whole.cost.channel_cost(whole.shapes[name]) for name in whole.pool))
-    return replace(choose_recompute(plan, model, input_shape).policy, attention="recompute")
+def _policies(
+    model: nn.Module,
+    ranking: Ranking,
+    input_shape: Shape,
+    sizes: list[int | None],
+    autocast: torch.dtype | None,
+    may_recompute: bool,
+    options: dict[str, Any],
+) -> dict[int | None, list[Policy]]:
+    """Size of the micro-batch -> the policy that was asked for and, if it may, what `choose_recompute` makes of it.
+
+    What is chosen for the first size holds for all but the last one, a single sample, which cannot be parted.
+    """
+    asked = options.get("policy", Policy())
+    if not may_recompute:
+        return {size: [asked] for size in sizes}
+    chosen = {}
+    for size in (sizes[0], sizes[-1]):
+        shape = first_of(input_shape, size)
+        whole = make_plan(ranking, budget=f"{2**62}B", batch_size=samples_in(shape), **options)
+        plan = replace(whole, budget=max(whole.cost.channel_cost(whole.shapes[name]) for name in whole.pool))
+        chosen[size] = choose_recompute(plan, model, shape, autocast=autocast).policy
+    return {size: [asked, chosen[size if size == sizes[-1] else sizes[0]]] for size in sizes}
 
 
 def _later_pools(ranking: Ranking, options: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ cut where the gradient of a stretch's last output arrives, and belongs to the st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ class Stretch:
     forward: int = 0  # most that lives meanwhile if every stretch keeps what it does
     backward: int = 0  # most that lives in its backward
     arrival: int = 0  # what lives when its backward begins
+    gradients: int = 0  # of what is trained in it
 
 
 @dataclass
@@ -62,9 +63,12 @@ class Trace:
         return max(stretch.inference for stretch in self.stretches)
 
 
-def trace_step(model: nn.Module, inputs: Batch) -> Trace:
-    """Run a forward without gradients, a forward and a backward; the model is one of `fake_copy`, under a plan."""
-    with _Tracer(model, num_samples(inputs)) as tracer:
+def trace_step(model: nn.Module, trained: Iterable[Tensor], inputs: Batch) -> Trace:
+    """Run a forward without gradients, a forward and a backward; the model is one of `fake_copy`, under a plan.
+
+    `trained` are the leaves that the backward reaches.
+    """
+    with _Tracer(model, trained, num_samples(inputs)) as tracer:
         with torch.no_grad():
             call(model, inputs)
         tracer.start_training()
@@ -81,8 +85,9 @@ def trace_step(model: nn.Module, inputs: Batch) -> Trace:
 class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
     """Reads the meter at every boundary."""
 
-    def __init__(self, model: nn.Module, samples: int) -> None:
+    def __init__(self, model: nn.Module, trained: Iterable[Tensor], samples: int) -> None:
         super().__init__()
+        self._trained = list(trained)
         self.trace = Trace([Stretch("")])
         self._samples = samples
         self._model = model
@@ -101,6 +106,9 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
             enter = module.register_forward_pre_hook(self._entering(name), with_kwargs=True)
             self._exits.callback(enter.remove)
             self._exits.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
+        for leaf in self._trained:
+            hook = leaf.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            self._exits.callback(hook.remove)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -189,6 +197,10 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
         self._cut()
         self._current = stretch
         self.trace.stretches[stretch].arrival = self.live_bytes
+
+    def _accumulated(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        self.trace.stretches[self._current].gradients += leaf.grad.untyped_storage().nbytes()
 
     def _bytes(self, tensors: list[Tensor], known: set[int]) -> int:
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from trady_triton.bench.tables_lean import NETS, PEAKS, count
+from trady_triton.bench.tables_lean import NETS, PACKED, count
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "lean.json"
 RELU = ("mobilenetv2_035", "mobilenetv2_100", "mobilenetv4_conv_small", "mnasnet_100", "tf_efficientnet_lite0",
-        "fbnetc_100", "resnet18", "resnet50", "densenet121", "vgg11_bn")  # fmt: skip
-BARS = dict.fromkeys(RELU, 100) | {
+        "fbnetc_100", "ghostnet_100", "resnet18", "resnet50", "regnety_008", "densenet121", "vgg11_bn")  # fmt: skip
+BARS = dict.fromkeys(NETS, 14) | dict.fromkeys(RELU, 100) | {
     "efficientnet_b0": 24, "mobilenetv3_large_100": 24, "swin_tiny_patch4_window7_224": 24, "convnext_tiny": 19,
-    "vit_tiny_patch16_224": 14, "vit_small_patch16_224": 14, "vit_base_patch16_224": 14, "deit3_small_patch16_224": 14,
+}  # fmt: skip
+PEAKS = dict.fromkeys(NETS, 1.1) | {
+    "vit_tiny_patch16_224": 1.75, "vit_small_patch16_224": 1.75, "vit_base_patch16_224": 1.75,
+    "deit3_small_patch16_224": 1.75, "mixer_s16_224": 1.5, "eva02_tiny_patch14_224": 1.75,
 }  # fmt: skip
 
 
@@ -30,10 +33,24 @@ def test_the_exact_policy_keeps_less_by_the_bar(name: str, bar: int) -> None:
     assert row["full"]["kept"] >= bar * row["lean"]["kept"]
 
 
-@pytest.mark.parametrize(("name", "bar"), {**dict.fromkeys(PEAKS, 1.1), "vit_small_patch16_224": 2.0}.items())
+@pytest.mark.parametrize("name", NETS)
+def test_timms_checkpointing_keeps_no_fewer_bytes(name: str) -> None:
+    row = rows()[name]
+    assert "checkpointed" in row or name == "vgg11_bn"
+    assert row["lean"]["kept"] <= row.get("checkpointed", row["full"])["kept"]
+
+
+@pytest.mark.parametrize(("name", "bar"), PEAKS.items())
 def test_a_step_peaks_near_inference(name: str, bar: float) -> None:
     row = rows()[name]
     assert row["lean"]["peak"] <= bar * row["inference"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_eight_bits_err_within_two_percent(name: str) -> None:
+    error, cosine = rows()[name]["dW error"]["8"]
+    assert error <= 0.02
+    assert cosine >= 0.9995
 
 
 def test_the_counts_are_those_of_this_version() -> None:

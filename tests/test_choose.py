@@ -1,0 +1,115 @@
+"""What choose_recompute picks: fewest bytes at the lowest peak, and nothing that cannot run twice."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nn.nets import plan_at, random_net
+from torch import Tensor, nn
+
+from trady_triton import Policy, apply_plan, choose_recompute, ledger
+from trady_triton.cost import CostModel, measure_call
+from trady_triton.plan import Plan
+
+
+class Block(nn.Module):
+    """A residual MLP, whose working set is many times its input."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = norm or nn.Identity()
+        self.mlp = nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Doubles(Block):
+    """A block that changes its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+def stack(*blocks: nn.Module) -> tuple[nn.Module, Plan]:
+    """The blocks after a trained Linear(16, 16), and a plan for batches [N, 16]."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), *blocks, nn.Linear(16, 5)).double()
+    shapes = {"0": measure_call(net[0], torch.zeros(1, 16), torch.zeros(1, 16), 1)}
+    return net, Plan(shapes, ("0",), (str(len(net) - 1),), 10**6, CostModel())
+
+
+def chosen(plan: Plan, net: nn.Module, samples: int) -> tuple[tuple[str, ...], int]:
+    policy = choose_recompute(plan, net, (samples, 16)).policy
+    return policy.recompute, policy.recompute_parts
+
+
+def gradient(net: nn.Module, plan: Plan, x: Tensor) -> Tensor:
+    net = apply_plan(copy.deepcopy(net), plan)
+    net[0].slot.set(range(16))
+    F.cross_entropy(net(x), torch.arange(len(x)) % 5).backward()
+    return net[0].slot.proxy.grad
+
+
+def test_units_that_change_their_input_never_run_twice():
+    net, plan = stack(Block(), Doubles(), Block(), Doubles())
+    plan = choose_recompute(plan, net, (8, 16))
+    starts = [int(name.split(":")[0]) for name in plan.policy.recompute if name[0].isdigit() and "." not in name]
+    assert plan.policy.recompute
+    assert not {2, 4} & set(starts)
+    x = torch.randn(8, 16, dtype=torch.float64)
+    bare = gradient(net, replace(plan, policy=Policy()), x)
+    torch.testing.assert_close(gradient(net, plan, x), bare, rtol=1e-10, atol=1e-12)
+
+
+def test_parts_are_as_many_as_the_peak_asks_for_and_the_batch_allows():
+    net, plan = stack(*(Block() for _ in range(6)))
+    parts = {samples: chosen(plan, net, samples)[1] for samples in (1, 2, 1024)}
+    assert parts[1] == 1
+    assert parts[2] <= 2
+    assert parts[1024] == 4
+    assert chosen(replace(plan, policy=Policy(recompute_parts=8)), net, 1024)[1] == 8
+
+
+def test_no_parts_are_made_where_samples_see_each_other():
+    net, plan = stack(*(Block(nn.BatchNorm1d(16, track_running_stats=False)) for _ in range(6)))
+    units, parts = chosen(plan, net, 1024)
+    assert units
+    assert parts == 1
+
+
+def test_nothing_runs_twice_that_would_count_its_batch_twice():
+    net, plan = stack(*(Block(nn.BatchNorm1d(16)) for _ in range(6)))
+    assert chosen(plan, net, 64)[0]
+    assert chosen(replace(plan, policy=Policy(batch_norm="train", recompute=())), net, 64) == ((), 1)
+
+
+def test_a_net_that_keeps_masks_alone_recomputes_nothing():
+    net = random_net("mobilenetv2_035", torch.float32)
+    plan = plan_at(net, torch.zeros(2, 3, 64, 64), (0.25,))
+    assert choose_recompute(plan, net, (2, 3, 64, 64)).policy == Policy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mobilenetv3_small_050", {}),
+        ("convnext_atto", {}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4}),
+        ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 4}),
+    ],
+)
+@pytest.mark.parametrize("policy", [Policy(), Policy(attention="recompute", activations=8)], ids=["exact", "packed"])
+def test_a_choice_keeps_no_more_and_peaks_no_higher(name, options, policy):
+    net = random_net(name, torch.float32, **options)
+    size = options.get("img_size", 64)
+    plan = plan_at(net, torch.zeros(3, 3, size, size), (0.1, 0.5), policy=policy)
+    before, after = (
+        ledger(net, p, (3, 3, size, size)) for p in (plan, choose_recompute(plan, net, (3, 3, size, size)))
+    )
+    assert after.kept_bytes <= before.kept_bytes
+    assert after.peak_bytes <= 1.05 * max(before.peak_bytes, before.inference_bytes)
