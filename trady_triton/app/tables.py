@@ -46,6 +46,7 @@ def plan_summary(plan: Plan) -> str:
     cheapest, least = smallest_budget(plan)
     again = plan.policy.recompute
     whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
+    pieces = f", in {plan.policy.recompute_parts} parts of the batch" if plan.policy.recompute_parts > 1 else ""
     promise = ""
     if plan.memory is not None:
         parts = f", {plan.micro_batch} samples at a time" if plan.micro_batch else ""
@@ -65,7 +66,7 @@ def plan_summary(plan: Plan) -> str:
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
             *([f"stored as    {plan.store}, by stochastic rounding"] if plan.store_bits else []),
-            *([f"recomputed   {len(again)} blocks run again in the backward: exact"] if again else []),
+            *([f"recomputed   {len(again)} units run again in the backward{pieces}: exact"] if again else []),
         )
     )
 
