@@ -279,6 +279,29 @@ def test_attention_is_found_whoever_wrote_it(name, count, options):
     assert all(any(isinstance(m, nn.Linear | nn.Conv2d) for m in model.get_submodule(n).modules()) for n in found)
 
 
+def test_no_attention_is_seen_in_a_name_that_happens_to_spell_one():
+    class LayerNormLayer(Two):
+        pass
+
+    class AttentionNet(nn.Sequential):
+        pass
+
+    assert attention_modules(AttentionNet(LayerNormLayer())) == set()
+
+
+def test_attention_with_batch_norm_on_batch_statistics_is_not_run_twice():
+    class Attention(nn.Sequential):
+        pass
+
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(Attention(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(256, 2))
+    plan = plan_at(model, x, (0.0,))
+    with pytest.raises(ValueError, match="running statistics in '0'"):
+        apply_plan(model, replace(plan, policy=Policy(batch_norm="train", attention="recompute")))
+    assert type(model[0][0]) is nn.Conv2d
+    apply_plan(model, replace(plan, policy=Policy(attention="recompute")))
+
+
 def test_a_policy_recomputes_attention_of_any_type():
     net = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
     x = torch.randn(2, 5, 8)

@@ -121,6 +121,11 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
     find_runs(plan.policy.recompute, modules)
+    if plan.policy.attention == "recompute" and plan.policy.batch_norm == "train":
+        for name in attention_modules(model):
+            if any(isinstance(module, _BatchNorm) for module in modules[name].modules()):
+                raise ValueError(f"attention 'recompute' with batch_norm 'train': the second run would update the "
+                                 f"running statistics in {name!r} again; wanted batch_norm 'eval'")  # fmt: skip
 
 
 def _sizes(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int, tuple[int, ...]]:
