@@ -1,5 +1,6 @@
 """Momentum and AdamW of the drawn channels: equal to torch.optim, carried or reset at a draw, saved, and counted."""
 
+import copy
 import io
 
 import pytest
@@ -244,6 +245,24 @@ def test_a_schedule_that_turns_momentum_on_equals_torch_sgd():
             schedule.step()
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, dense.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.9), (0.9, 0.0)])
+def test_a_checkpoint_between_a_change_of_momentum_and_the_next_step_is_whole(first, then):
+    results = []
+    for is_resumed in (False, True):
+        net, plan, optimizer = planned("momentum", 10**7)
+        for momentum in (first, then, 0.9):
+            for group in optimizer.param_groups:
+                group["momentum"] = momentum
+            if is_resumed and optimizer.epoch == 0:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = TraDyOptimizer(net.parameters(), plan)
+                optimizer.load_state_dict(saved)
+            optimizer.resample(0)
+            train_step(net, optimizer)
+        results.append(net.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
 
 
 def test_a_schedule_may_not_turn_on_what_the_budget_has_not_counted():

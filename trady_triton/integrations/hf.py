@@ -42,6 +42,7 @@ class TraDyCallback(TrainerCallback):  # type: ignore[misc]
         self._epoch = None
         inner = unwrap_optimizer(optimizer)
         self._clipping = args.max_grad_norm, inner.max_grad_norm
+        # Without a norm the optimizer would tell of Trainer's way to measure one: it clips to infinity.
         inner.max_grad_norm = inner.max_grad_norm or args.max_grad_norm or math.inf
         args.max_grad_norm = 0.0
 

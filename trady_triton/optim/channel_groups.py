@@ -91,6 +91,7 @@ class ChannelGroups(Optimizer):
         They stand in the groups, not in "state", because tools such as torch.distributed.checkpoint look there for
         the names of module parameters only, which the drawn channels are not.
         """
+        self._fill_states()  # a scheduler may have turned momentum on or off since the last step
         packed = super().state_dict()
         for packed_group, names, members in zip(packed["param_groups"], self._names(), self.param_groups, strict=True):
             states = {name: dict(self.state[p]) for name, p in zip(names, members["params"], strict=True)}

@@ -40,7 +40,11 @@ def state_shapes(
 
 
 def fill_channel_state(state: State, slot: ChannelSlot, algorithm: str, group: Mapping[str, Any]) -> State:
-    """Complete the state of a slot's drawn channels, in place: zeros for what is not there yet."""
+    """Complete the state of a slot's drawn channels, in place: zeros for what is not there yet.
+
+    A momentum that was turned off leaves nothing, here and below.
+    """
+    _drop_momentum(state, algorithm, group)
     dtype = torch.float64 if slot.proxy.dtype == torch.float64 else torch.float32
     for name, shape in state_shapes(algorithm, group, tuple(slot.proxy.shape), True).items():
         if name not in state:
@@ -66,6 +70,7 @@ def fill_whole_state(state: State, parameter: Tensor, algorithm: str, group: Map
 
     What is there follows a parameter that was moved to another device or dtype.
     """
+    _drop_momentum(state, algorithm, group)
     for name in state_names(algorithm, group):
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -74,6 +79,11 @@ def fill_whole_state(state: State, parameter: Tensor, algorithm: str, group: Map
     if algorithm == "adamw" and "step" not in state:
         state["step"] = torch.tensor(0.0)  # fake tensors know the value of this, not of zeros(())
     return state
+
+
+def _drop_momentum(state: State, algorithm: str, group: Mapping[str, Any]) -> None:
+    if "momentum_buffer" not in state_names(algorithm, group):
+        state.pop("momentum_buffer", None)
 
 
 def load_(state: State, saved: Mapping[str, Tensor]) -> None:
