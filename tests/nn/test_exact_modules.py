@@ -183,3 +183,10 @@ def test_dropout_draws_as_torch_does_and_keeps_a_bit(layout):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-10, atol=1e-12)
     start = sample().requires_grad_() * 1
     assert kept_bytes(lambda: lean(start), lean)[1] == BIT
+
+
+def test_lean_modules_are_called_as_the_plain_ones_are():
+    x, conv, norm = sample(), ready(nn.ConvTranspose2d(8, 4, 3, stride=2)), ready(nn.GroupNorm(2, 8))
+    assert torch.equal(lean_twin(conv)(x, output_size=(28, 24)), conv(x, output_size=(28, 24)))
+    for module in (conv, norm, nn.Sequential(norm)):
+        assert torch.equal(lean_twin(module)(input=x), module(input=x))

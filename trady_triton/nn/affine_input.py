@@ -39,10 +39,13 @@ class _Affine(torch.autograd.Function):
 
 @cache
 def affine(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module type, affine in its one input, that keeps nothing while it is frozen."""
+    """The subclass of a module type, affine in its input, that keeps nothing while frozen and called on that alone."""
 
-    def forward(self: nn.Module, x: Tensor) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = partial(kind.forward, self)
+        if kwargs or len(args) != 1:  # as an output_size
+            return run(*args, **kwargs)
+        (x,) = args
         is_frozen = not any(parameter.requires_grad for parameter in self.parameters())
         return _Affine.apply(x, run) if is_frozen and builds_graph(x) else run(x)
 

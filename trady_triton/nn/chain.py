@@ -45,9 +45,9 @@ class LeanSequential(Chain, nn.Sequential):
         """Every child; one that stands twice is called twice."""
         return list(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As nn.Sequential."""
-        return self.call_links(x)
+        return self.call_links(input)
 
 
 def links_of(module: nn.Module) -> list[nn.Module]:

@@ -76,11 +76,13 @@ def packed(kind: type[nn.Module], rows: Callable[[nn.Module, Tensor], Dims] | No
     `rows(module, x)` are the dimensions that a row of the code spans, by default those of a plane.
     """
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        run: Run = partial(kind.forward, self)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = partial(kind.forward, self)
         policy: Policy = self.policy  # type: ignore[assignment]
-        if args or kwargs or policy.is_exact or getattr(self, "inplace", False) or not _runs_alike(self, policy):
-            return run(x, *args, **kwargs)
+        is_alone = len(args) == 1 and not kwargs
+        if not is_alone or policy.is_exact or getattr(self, "inplace", False) or not _runs_alike(self, policy):
+            return run(*args, **kwargs)
+        (x,) = args
         return packed_call(run, x, rows(self, x) if rows else planes(x), policy, *_trained(self))
 
     return made("Packed", kind, forward, packed, kind, *([rows] if rows else []))
