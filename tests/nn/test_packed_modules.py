@@ -263,6 +263,29 @@ def test_flops_are_counted_through_a_packed_gate():
     assert flops.dgrad_flops > 0
 
 
+def test_a_packed_gate_with_drawn_channels_waits_for_its_backward():
+    lean = lean_twin(ready(SqueezeExcite(8, rd_ratio=0.5)), activations=8)
+    slot = lean.conv_reduce.slot = ChannelSlot("conv_reduce", lean.conv_reduce.weight, 1, "")
+    slot.set([0, 2])
+    y = lean(sample()).sum()
+    assert slot.is_waiting
+    y.backward()
+    assert not slot.is_waiting
+    y = lean(sample()).sum()
+    slot.set([1])
+    with pytest.raises(RuntimeError, match="before the last resample"):
+        y.backward()
+
+
+def test_sums_over_parts_are_wide_where_the_dtype_is_narrow():
+    module = nn.GroupNorm(2, 8).bfloat16()
+    start, dy = torch.randn(16, 8, 9, 7).bfloat16(), torch.ones(16, 8, 9, 7, dtype=torch.bfloat16)
+    lean, reference = lean_twin(module, activations=8).requires_grad_(), copy.deepcopy(module).float().requires_grad_()
+    lean(start).backward(dy)
+    reference(start.float()).backward(dy.float())
+    assert torch.equal(lean.bias.grad, reference.bias.grad.bfloat16())
+
+
 def test_what_is_random_or_writes_to_its_input_is_not_run_twice():
     module, x = timm.layers.GroupNormAct(8, 2, drop_layer=nn.Dropout).eval(), sample(torch.float32)
     lean = lean_twin(module, activations=8)

@@ -7,7 +7,7 @@ Kept: the code [N, ...] uint8, and of each row its lowest value and the step of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from trady_triton.nn.made import made
 from trady_triton.nn.parts import parts
 from trady_triton.policy import Policy
+from trady_triton.slot import Draw, Ticket
 
 Run = Callable[[Tensor], Tensor]
 Dims = tuple[int, ...]
@@ -30,8 +31,9 @@ class _PackedInput(torch.autograd.Function):
     """y = run(x), where run uses the `trained` tensors as well."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Run, dims: Dims, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, run: Run, dims: Dims, draws: Sequence[Draw], *trained: Tensor) -> Tensor:
         ctx.save_for_backward(*encode(x, dims), *trained)
+        ctx.tickets = [Ticket(draw) for draw in draws]
         ctx.run, ctx.dtype = run, x.dtype
         device = x.device.type
         ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -41,8 +43,10 @@ class _PackedInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         code, low, step, *trained = ctx.saved_tensors
+        for ticket in ctx.tickets:
+            ticket.redeem()
         dx = torch.empty_like(code, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
-        sums = [torch.zeros_like(tensor) for tensor in trained]
+        sums = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in trained]
         for number, (dy_part, *packed) in enumerate(parts(dy, code, low, step)):
             x = decode(*packed).to(ctx.dtype).requires_grad_(dx is not None)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
@@ -53,19 +57,23 @@ class _PackedInput(torch.autograd.Function):
                 total += grad
             if dx is not None:
                 dx.chunk(8)[number].copy_(grads[-1])
-        return dx, None, None, *sums
+        return dx, None, None, None, *(total.to(tensor.dtype) for total, tensor in zip(sums, trained, strict=True))
 
 
-def packed_call(run: Run, x: Tensor, dims: Dims, policy: Policy, *trained: Tensor | None) -> Tensor:
+def packed_call(
+    run: Run, x: Tensor, dims: Dims, policy: Policy, *trained: Tensor | None, draws: Sequence[Draw] = ()
+) -> Tensor:
     """run(x), keeping x [N, ...] exactly or packed, as the policy allows; `dims` exclude dimension 0.
 
-    `trained` are the tensors that run uses as well; of them those get a gradient that require one.
+    `trained` are the tensors that run uses as well, the proxies of `draws` aside; of all those that require a gradient
+    get one.
     """
+    trained = *trained, *(draw.proxy for draw in draws)
     wanted = [tensor for tensor in trained if tensor is not None and tensor.requires_grad]
     records = torch.is_grad_enabled() and (x.requires_grad or wanted)
     if policy.is_exact or not records or not _is_smaller(x, dims):
         return run(x)
-    y: Tensor = _PackedInput.apply(x, run, dims, *wanted)
+    y: Tensor = _PackedInput.apply(x, run, dims, draws, *wanted)
     return y
 
 
@@ -83,7 +91,7 @@ def packed(kind: type[nn.Module], rows: Callable[[nn.Module, Tensor], Dims] | No
         if not is_alone or policy.is_exact or getattr(self, "inplace", False) or not _runs_alike(self, policy):
             return run(*args, **kwargs)
         (x,) = args
-        return packed_call(run, x, rows(self, x) if rows else planes(x), policy, *_trained(self))
+        return packed_call(run, x, rows(self, x) if rows else planes(x), policy, *self.parameters(), draws=_draws(self))
 
     return made("Packed", kind, forward, packed, kind, *([rows] if rows else []))
 
@@ -94,11 +102,10 @@ def _is_smaller(x: Tensor, dims: Dims) -> bool:
     return x.numel() + 2 * _wide(x).itemsize * rows < x.numel() * x.itemsize
 
 
-def _trained(module: nn.Module) -> list[Tensor]:
-    """What may get gradients within a module: its parameters, and the proxies of drawn channels."""
+def _draws(module: nn.Module) -> list[Draw]:
+    """What is drawn within a module."""
     slots = {id(slot): slot for child in module.modules() if (slot := getattr(child, "slot", None)) is not None}
-    proxies = [slot.proxy for slot in slots.values() if slot.is_drawn]
-    return [*module.parameters(), *proxies]
+    return [slot.draw for slot in slots.values() if slot.is_drawn]
 
 
 def _runs_alike(module: nn.Module, policy: Policy) -> bool:
