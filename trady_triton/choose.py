@@ -72,6 +72,9 @@ def choose_recompute(
         calls = [call for call in (*trace.calls, *_runs(twin, trace)) if _can_run_again(call, plan)]
     most = min(MOST_PARTS, samples_in(input_shape)) if can_part(model, plan.policy) else 1
     choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
+    while inner := _nested(calls, choice.names):  # where a module is called again, or stands in several places
+        calls = [call for call in calls if call.name not in inner]
+        choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
     return replace(plan, policy=replace(plan.policy, recompute=choice.names, recompute_parts=choice.parts))
 
 
@@ -212,6 +215,17 @@ def _names(best: list[_Way]) -> Iterator[str]:
 def _can_run_again(call: Call, plan: Plan) -> bool:
     in_head = any(call.name == head or call.name.startswith(head + ".") for head in plan.head)
     return call.name != "" and not in_head and call.is_pure
+
+
+def _nested(calls: list[Call], names: tuple[str, ...]) -> set[str]:
+    """Those of the units that are called within another one."""
+    chosen = [call for call in calls if call.name in names]
+    return {
+        inner.name
+        for outer in chosen
+        for inner in chosen
+        if inner.name != outer.name and outer.start <= inner.start and inner.stop <= outer.stop
+    }
 
 
 def _runs(model: nn.Module, trace: Trace) -> Iterator[Call]:

@@ -345,3 +345,32 @@ def test_two_epochs_under_recomputation_train_as_without():
         steps.append([model.get_submodule(name).weight.detach() for name in plan.pool])
     for lean, recomputed_ in zip(*steps, strict=True):
         assert_same(recomputed_, lean)
+
+
+class Shared(nn.Module):
+    """A block that is called alone, and by another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+        self.outer = nn.Sequential(nn.GELU(), nn.Linear(32, 32), nn.GELU(), self.block)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        for _ in range(2):
+            x = self.outer(x)
+        return self.head(x.mean(1))
+
+
+def test_no_unit_that_is_chosen_runs_within_another():
+    model, shape = Shared(), (4, 64, 32)
+    ranking = rank_layers(model, [(torch.randn(shape), torch.zeros(4, dtype=torch.long))], nn.functional.cross_entropy)
+    plan = choose_recompute(make_plan(ranking, budget="16KiB", batch_size=4, coverage=1.0), model, shape)
+    apply_plan(model, plan)
+    TraDyOptimizer(model.parameters(), plan, 0.1).resample(0)
+    calls = []
+    model.block[1].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(shape)).sum().backward()
+    assert plan.policy.recompute
+    assert len(calls) <= 2 * 3
