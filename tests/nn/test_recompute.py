@@ -366,11 +366,7 @@ class Shared(nn.Module):
 def test_no_unit_that_is_chosen_runs_within_another():
     model, shape = Shared(), (4, 64, 32)
     ranking = rank_layers(model, [(torch.randn(shape), torch.zeros(4, dtype=torch.long))], nn.functional.cross_entropy)
-    plan = choose_recompute(make_plan(ranking, budget="16KiB", batch_size=4, coverage=1.0), model, shape)
-    apply_plan(model, plan)
-    TraDyOptimizer(model.parameters(), plan, 0.1).resample(0)
-    calls = []
-    model.block[1].register_forward_hook(lambda *_: calls.append(1))
-    model(torch.randn(shape)).sum().backward()
-    assert plan.policy.recompute
-    assert len(calls) <= 2 * 3
+    plan = make_plan(ranking, budget="16KiB", batch_size=4, coverage=1.0)
+    chosen = [model.get_submodule(name) for name in choose_recompute(plan, model, shape).policy.recompute]
+    assert chosen
+    assert not any(inner is not outer and inner in outer.modules() for inner in chosen for outer in chosen)
