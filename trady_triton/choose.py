@@ -30,7 +30,7 @@ from trady_triton.trace import Call, Trace, trace_step
 PRICE = 0.02  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
 SLACK = 1.05  # peaks that differ by less are alike
 MOST_PARTS = 4
-SMALL_PART = 4  # samples
+LEAST_PART = 4  # samples
 
 
 def choose_recompute(
@@ -48,8 +48,8 @@ def choose_recompute(
     - whose step peaks, to 5 %, no higher than inference, or than the lowest peak that any choice has;
     - where every unit spares at least a fiftieth of the bytes that its forward writes, which is about its time.
 
-    If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, or fewer as long
-    as it is above twice inference's; unless the policy has a number of parts already, or samples may see each other.
+    If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, as smaller ones take
+    long; unless the policy has a number of parts already, or samples may see each other.
 
     Args:
         plan: with any policy; under batch_norm "train" nothing can run twice and none is chosen.
@@ -70,7 +70,7 @@ def choose_recompute(
         with casts(device_of(inputs), autocast):
             trace = trace_step(twin, trained, inputs)
         calls = [call for call in (*trace.calls, *_runs(twin, trace)) if _can_run_again(call, plan)]
-    most = min(MOST_PARTS, samples_in(input_shape)) if can_part(model, plan.policy) else 1
+    most = min(MOST_PARTS, samples_in(input_shape) // LEAST_PART) if can_part(model, plan.policy) else 1
     choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
     while inner := _nested(calls, choice.names):  # where a module is called again, or stands in several places
         calls = [call for call in calls if call.name not in inner]
@@ -112,9 +112,6 @@ def _in_fewest_parts(trace: Trace, calls: list[Call], asked: int, samples: int, 
     if asked > 1:
         return choice
     while choice.lowest > SLACK * trace.inference_peak and 2 * choice.parts <= most:
-        is_small = samples < 2 * SMALL_PART * choice.parts
-        if is_small and choice.lowest <= 2 * trace.inference_peak:
-            break
         finer = _choose(trace, calls, samples, 2 * choice.parts)
         if finer.lowest * SLACK > choice.lowest:
             break
