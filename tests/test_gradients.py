@@ -1,6 +1,7 @@
 """Between backward and step: mixed precision, GradScaler, accumulation, clipping by the loop and by the optimizer."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -198,6 +199,14 @@ def test_gradients_within_the_norm_stay_as_they_are():
     for model, opt in ((net, optimizer), (twin, plain)):
         train_step(model, opt)
     assert_equal_weights(net, twin, rtol=0, atol=0)
+
+
+def test_an_infinite_norm_leaves_gradients_alone_also_where_theirs_overflows():
+    _, optimizer = planned(torch.float32, max_grad_norm=math.inf)
+    for parameter in members(optimizer):
+        parameter.grad = torch.full_like(parameter, 1e30)
+    optimizer.step()
+    assert all((grad == 1e30).all() for grad in gradients(optimizer))
 
 
 def test_clipping_over_the_models_parameters_is_told_once():

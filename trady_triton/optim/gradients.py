@@ -6,6 +6,7 @@ over `model.parameters()` sees the former only.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -75,10 +76,11 @@ def unscale_(leaves: Iterable[Tensor], scale: Tensor) -> None:
 def clip_jointly_(leaves: Iterable[Tensor], max_norm: float) -> None:
     """Scale the gradients of leaves such that their norm as one vector is at most `max_norm`.
 
-    As torch's clip_grad_norm_, but of gradients of which some are sharded (DTensor) and some are not.
+    As torch's clip_grad_norm_, but of gradients of which some are sharded (DTensor) and some are not. To infinity
+    nothing is done, while torch would make NaN of gradients whose norm overflows.
     """
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-    if not grads:
+    if not grads or max_norm == math.inf:
         return
     scale = (max_norm / (total_norm(grads) + 1e-6)).clamp(max=1.0)
     for grad in grads:
