@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from nn.nets import plan_at, random_net
+from nn.nets import plan_at, random_net, shapes_in_order
 from torch import Tensor, nn
 
 from trady_triton import Policy, apply_plan, choose_recompute, ledger
@@ -107,3 +107,12 @@ def test_a_choice_keeps_no_more_and_peaks_no_higher(name, options, policy):
     before, after = (ledger(net, made, shape) for made in (plan, choose_recompute(plan, net, shape)))
     assert after.kept_bytes < before.kept_bytes
     assert after.peak_bytes <= 1.05 * max(before.peak_bytes, before.inference_bytes)
+
+
+def test_masks_and_what_the_budget_pays_for_are_not_worth_a_second_forward():
+    net = random_net("mobilenetv2_100", torch.float32)
+    shapes = shapes_in_order(net, torch.zeros(1, 3, 128, 128))
+    cost = CostModel(8, 4, 4, "bytes")
+    plan = Plan(shapes, tuple(shapes)[-16:], ("classifier",), 2**20, cost)
+    assert sum(plan.sample(0).values(), ())
+    assert choose_recompute(plan, net, (8, 3, 128, 128)).policy.recompute == ()

@@ -27,7 +27,7 @@ from trady_triton.policy import Policy
 from trady_triton.rehearsal import fake_copy, train_under, trained_by
 from trady_triton.trace import Call, Trace, trace_step
 
-PRICE = 0.02  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
+PRICE = 0.04  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
 SLACK = 1.05  # peaks that differ by less are alike
 MOST_PARTS = 4
 LEAST_PART = 4  # samples
@@ -46,7 +46,7 @@ def choose_recompute(
     runs more than twice. They keep the fewest bytes among all choices
 
     - whose step peaks, to 5 %, no higher than inference, or than the lowest peak that any choice has;
-    - where every unit spares at least a fiftieth of the bytes that its forward writes, which is about its time.
+    - where every unit spares at least a twenty-fifth of the bytes that its forward writes, which is about its time.
 
     If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, as smaller ones take
     long; unless the policy has a number of parts already, or samples may see each other.
