@@ -17,15 +17,20 @@ from trady_triton.serial import read_json
 
 
 def demo_table(content: Row) -> str:
-    """What `make demo` found."""
-    columns = ("method", "test accuracy", "kept for backward, MiB", "peak of a step, MiB", "dW MFLOP", "s per step")
+    """What `make demo` found, where and in what time."""
+    columns = ("method", "test accuracy", "budget used, KiB", "kept for backward, MiB", "peak of a step, MiB",
+               "dW MFLOP", "s per step")  # fmt: skip
     rows = []
     for result in content["results"]:
         method, cost = result["method"], result["cost"]
-        rows.append((f"{method['label']} (lr {method['lr']:g})", f"{100 * result['accuracy'][-1]:.1f} %",
+        budget = result["budget_bytes"]
+        used = "-" if budget is None else f"{cost['channel_bytes'] / 1024:,.1f} of {budget / 1024:,.0f}"
+        rows.append((f"{method['label']} (lr {method['lr']:g})", f"{100 * result['accuracy'][-1]:.1f} %", used,
                      mib(cost["kept_bytes"]), mib(cost["peak_bytes"]), short(cost["wgrad_flops"] / 1e6),
                      f"{result['step_seconds']:.3f}"))  # fmt: skip
-    return markdown(columns, rows)
+    versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "timm"))
+    where = f"{content['device']}, {versions}, {content['date']}; {content['seconds']:.0f} s after set-up."
+    return f"{where}\n\n{markdown(columns, rows)}"
 
 
 def steps_table(content: Row) -> str:
