@@ -199,16 +199,18 @@ def test_an_unknown_model_is_an_error_with_near_matches(command):
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"),
+    ("budget", "message", "is_early"),
     [
-        ("lots", "budget 'lots': wanted a positive integer"),
-        ("-5", "budget -5: wanted a positive integer"),
-        ("1", "the smallest workable budget is"),
-        ("1B", "the smallest workable budget is"),
+        ("lots", "budget 'lots': wanted a positive integer", True),
+        ("-5", "budget -5: wanted a positive integer", True),
+        ("1", "the smallest workable budget is", False),
+        ("1B", "the smallest workable budget is", False),
     ],
 )
-def test_a_bad_budget_is_an_error(budget, message):
-    assert message in error_of(trady("plan", NET, *SMALL, "--budget", budget))
+def test_a_bad_budget_is_an_error(budget, message, is_early):
+    result = trady("plan", NET, *SMALL, "--budget", budget)
+    assert message in error_of(result)
+    assert ("quick ranking" not in result.stderr) == is_early
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,16 @@ def test_a_file_that_could_not_be_written_is_told_before_the_work():
         assert result.exit_code == 2
         assert "Invalid value for '--out'" in result.stderr
         assert "quick ranking" not in result.stderr
+
+
+def test_a_runtime_error_is_a_line_that_says_how_to_see_where(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("of ours,\nor of torch's")
+
+    monkeypatch.setattr("trady_triton.app.cli_rank.rank_on_noise", broken)
+    wanted = "error: of ours, or of torch's (`trady --traceback ...` shows where)"
+    assert error_of(trady("rank", NET, *SMALL)) == wanted
+    assert type(trady("--traceback", "rank", NET, *SMALL).exception) is RuntimeError
 
 
 def test_the_versions_are_told():

@@ -13,9 +13,41 @@ from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
 import typer
 from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """Turns what the user can mend into one line on stderr and exit code 1; Ctrl-C gives 130.
+
+    A RuntimeError is torch's word for most of that: no memory left, a full disk, an input too small for a network. It
+    may be a mistake of ours as well, so its line says how to see the traceback.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors as well
+            raise
+        except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+            if ctx.params["traceback"]:
+                raise
+            typer.echo("error: " + _told(error), err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    told = " ".join(str(error).split()) or type(error).__name__
+    return told + " (`trady --traceback ...` shows where)" * isinstance(error, RuntimeError)
+
 
 app = typer.Typer(
-    help="Fine-tune pretrained networks inside a strict memory budget (TraDy).",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,8 +58,8 @@ R = TypeVar("R")
 
 
 def command(function: Callable[P, R]) -> Callable[..., R]:
-    """Make a function a command: groups of options expanded, mistakes told in one line."""
-    return app.command()(reported(expanded(function)))
+    """Make a function a command, with groups of options expanded."""
+    return app.command()(expanded(function))
 
 
 def expanded(function: Callable[P, R]) -> Callable[..., R]:
@@ -61,34 +93,6 @@ def _options(group: Any) -> list[inspect.Parameter]:
         )
         for field in fields(group)
     ]
-
-
-def reported(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn what the user can mend into one line on stderr and exit code 1; Ctrl-C gives 130.
-
-    A RuntimeError is torch's word for most of that: no memory left, a full disk, an input too small for a network.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError as well
-            raise
-        except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
-            typer.echo("error: " + _told(error), err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from error
-
-    return wrapper
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def note(text: str) -> None:
@@ -126,5 +130,6 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
     ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
     """Fine-tune pretrained networks inside a strict memory budget (TraDy)."""

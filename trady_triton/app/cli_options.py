@@ -14,6 +14,7 @@ from trady_triton import Plan, Ranking, choose_recompute, make_plan
 from trady_triton.app.build import build_model, check_name, input_size, load_weights, parse_options
 from trady_triton.app.cli_base import check_file, note
 from trady_triton.app.planning import load_ranking, parse_budget_option
+from trady_triton.budget import parse_budget
 from trady_triton.models import how_made, ranking_for
 from trady_triton.strategies import STRATEGIES, Strategy, strategy
 
@@ -100,6 +101,8 @@ class Planning:
     def __post_init__(self) -> None:
         if self.k is not None and self.coverage is not None:
             raise ValueError("--k and --coverage: only one of them")
+        if self.budget is not None:
+            parse_budget(parse_budget_option(self.budget))
 
     @property
     def strategy(self) -> Strategy:
