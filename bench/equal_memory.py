@@ -85,7 +85,8 @@ def cell(row: Row | None) -> str:
 
 def verdict_table(rows: Sequence[Row]) -> str:
     """Markdown: one row for every peak at which an answer changes, net by net."""
-    columns = ("net", "within a peak of, MiB", "TraDy", "TraDy's pool, dense", "last 2 blocks", "faster of TraDy and that pool")
+    rivals = ("TraDy", "TraDy's pool, dense", "last 2 blocks")
+    columns = ("net", "within a peak of, MiB", *rivals, "faster of TraDy and that pool")
     nets = dict.fromkeys(row["net"] for row in rows)
     found = [verdict for net in nets for verdict in verdicts(row for row in rows if row["net"] == net)]
     return markdown(
