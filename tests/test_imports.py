@@ -27,20 +27,9 @@ ALLOWED = {
     "pooling": {"cost", "ranking"},
     "budget": {"sampling", "strategies"},
     "savings": {"cost"},
-    "plan": {
-        *(
-            "torch",
-            "arguments",
-            "budget",
-            "cost",
-            "policy",
-            "pooling",
-            "ranking",
-            "sampling",
-            "savings",
-            "serial",
-            "strategies",
-        ),
+    "plan": {"torch", "cost", "policy", "sampling", "savings", "serial", "strategies"},
+    "budget_plan": {
+        *("torch", "arguments", "budget", "cost", "plan", "policy", "pooling", "ranking", "sampling", "strategies"),
     },
     "ops": {"torch", "triton"},
     "functional": {"torch", "cost", "ops", "slot"},
@@ -57,8 +46,11 @@ ALLOWED = {
     "promise": {"torch", "batch", "meters", "nn", "plan", "rehearsal", "slot"},
     "trace": {"torch", "batch", "meters"},
     "choose": {"torch", "arguments", "batch", "microbatch", "nn", "plan", "policy", "rehearsal", "trace"},
-    "search": {"torch", "batch", "budget", "choose", "microbatch", "plan", "policy", "promise", "ranking", "rehearsal"},
-    "planner": {"torch", "arguments", "batch", "plan", "ranking", "search", "strategies"},
+    "search": {
+        *("torch", "batch", "budget", "budget_plan", "choose", "microbatch", "plan", "policy", "promise", "ranking"),
+        "rehearsal",
+    },
+    "planner": {"torch", "arguments", "batch", "budget_plan", "plan", "ranking", "search", "strategies"},
     "__init__": {"choose", "delta", "ledger", "microbatch", "nn", "optimizer", "plan", "planner", "policy", "ranking"},
 }
 

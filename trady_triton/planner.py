@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trady_triton import plan as plans
+from trady_triton import budget_plan
 from trady_triton.arguments import expect
 from trady_triton.batch import Shape
 from trady_triton.plan import Plan
@@ -28,9 +28,9 @@ def make_plan(
 ) -> Plan:
     """Choose the pool of layers and fix the budget.
 
-    Either `budget` says what the drawn channels may cost (see `trady_triton.plan.make_plan`, which has all options),
-    or `memory` what a whole training step may take, weights included; the budget, and if need be what is recomputed, a
-    micro-batch and more, are then chosen such that every step of every epoch stays within it (see
+    Either `budget` says what the drawn channels may cost (see `trady_triton.budget_plan.make_plan`, which has all
+    options), or `memory` what a whole training step may take, weights included; the budget, and if need be what is
+    recomputed, a micro-batch and more, are then chosen such that every step of every epoch stays within it (see
     `trady_triton.search.fit_memory`).
 
     Args:
@@ -57,7 +57,7 @@ def make_plan(
     if budget is not None and memory is not None:
         raise ValueError(f"budget {budget!r} and memory {memory!r}: wanted one of them")
     if memory is None:
-        return plans.make_plan(ranking, budget=budget, **options)
+        return budget_plan.make_plan(ranking, budget=budget, **options)
     sampler = options.get("sampler", "trady")
     chosen = strategy(sampler)
     if chosen.layers == "scheme":

@@ -17,8 +17,8 @@ import yaml  # type: ignore[import-untyped]
 
 from trady_triton.app.build import check_name
 from trady_triton.budget import parse_budget
+from trady_triton.budget_plan import make_plan
 from trady_triton.models.schemes import scheme_of_budget
-from trady_triton.plan import make_plan
 from trady_triton.strategies import strategy
 
 T = TypeVar("T")
