@@ -9,27 +9,25 @@ it is, or over a unit, which keeps its inputs alone and has to find room when it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.arguments import expect
-from trady_triton.batch import Shape, device_of, made_to, samples_in
-from trady_triton.microbatch import casts
+from trady_triton.batch import Shape, made_to, samples_in
 from trady_triton.nn.chain import links_of, run_name
+from trady_triton.nn.parts import can_part
 from trady_triton.plan import Plan
-from trady_triton.policy import Policy
 from trady_triton.rehearsal import fake_copy, train_under, trained_by
 from trady_triton.trace import Call, Trace, trace_step
 
 PRICE = 0.04  # bytes that a unit must spare for each byte that it writes again: a mask is a bit for 4 to 12 bytes
 SLACK = 1.05  # peaks that differ by less are alike
-MOST_PARTS = 4
+PARTS = (1, 2, 4)
 LEAST_PART = 4  # samples
 
 
@@ -42,11 +40,10 @@ def choose_recompute(
 ) -> Plan:
     """The plan, with a policy that recomputes what is worth it, and in as many parts as the peak asks for. Exact.
 
-    A unit is a module of any size, or a run of a Sequential's children. The units chosen do not overlap, so nothing
-    runs more than twice. They keep the fewest bytes among all choices
-
-    - whose step peaks, to 5 %, no higher than inference, or than the lowest peak that any choice has;
-    - where every unit spares at least a twenty-fifth of the bytes that its forward writes, which is about its time.
+    A unit is a module of any size, or a run of a Sequential's children. The units chosen do not overlap, so by them
+    nothing runs more than twice. Of all choices whose step peaks, to 5 %, no higher than inference, or than the lowest
+    peak that any choice has, they keep the fewest bytes; what units write again, which is about their time, counts as a
+    twenty-fifth of bytes kept, and every unit spares at least that.
 
     If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, as smaller ones take
     long; unless the policy has a number of parts already, or samples may see each other.
@@ -60,28 +57,19 @@ def choose_recompute(
     """
     expect("plan", plan, Plan)
     expect("model", model, nn.Module)
-    bare = replace(plan, policy=replace(plan.policy, recompute=()))
     if plan.policy.batch_norm == "train":
-        return bare
+        return plan
+    bare = replace(plan, policy=replace(plan.policy, recompute=()))
     drawn = plan.sample(0, scores)
     with fake_copy(model) as twin:
         trained = trained_by(train_under(twin, bare, drawn))
         inputs = made_to(input_shape, next(p for p in twin.parameters() if p.is_floating_point()))
-        with casts(device_of(inputs), autocast):
-            trace = trace_step(twin, trained, inputs)
-        calls = [call for call in (*trace.calls, *_runs(twin, trace)) if _can_run_again(call, plan)]
-    most = min(MOST_PARTS, samples_in(input_shape) // LEAST_PART) if can_part(model, plan.policy) else 1
-    choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
-    while inner := _nested(calls, choice.names):  # where a module is called again, or stands in several places
-        calls = [call for call in calls if call.name not in inner]
-        choice = _in_fewest_parts(trace, calls, plan.policy.recompute_parts, samples_in(input_shape), most)
+        trace = trace_step(twin, trained, inputs, autocast)
+    calls = [call for call in (*trace.calls, *_runs(model, trace)) if _can_run_again(call, plan)]
+    samples, asked = samples_in(input_shape), plan.policy.recompute_parts
+    counts = [parts for parts in PARTS if parts * LEAST_PART <= samples] if can_part(model, plan.policy) else []
+    choice = _choose_apart(trace, calls, samples, [asked] if asked > 1 else counts or [1])
     return replace(plan, policy=replace(plan.policy, recompute=choice.names, recompute_parts=choice.parts))
-
-
-def can_part(model: nn.Module, policy: Policy) -> bool:
-    """Whether parts of a batch give the gradient of the whole: no normalisation uses the batch's own statistics."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return not norms or (policy.batch_norm != "train" and all(norm.running_mean is not None for norm in norms))
 
 
 @dataclass(frozen=True)
@@ -106,16 +94,24 @@ class _Unit:
 _Way = tuple[float, float, _Unit | None]
 
 
-def _in_fewest_parts(trace: Trace, calls: list[Call], asked: int, samples: int, most: int) -> _Choice:
-    """In `asked` parts if that is more than one, otherwise in few, at most `most`."""
-    choice = _choose(trace, calls, samples, asked)
-    if asked > 1:
-        return choice
-    while choice.lowest > SLACK * trace.inference_peak and 2 * choice.parts <= most:
-        finer = _choose(trace, calls, samples, 2 * choice.parts)
-        if finer.lowest * SLACK > choice.lowest:
+def _choose_apart(trace: Trace, calls: list[Call], samples: int, counts: Sequence[int]) -> _Choice:
+    """The choice of units none of which runs within another, as one may that is called again, elsewhere."""
+    choice = _in_fewest_parts(trace, calls, samples, counts)
+    inner = _nested(calls, choice.names)
+    return _choose_apart(trace, [c for c in calls if c.name not in inner], samples, counts) if inner else choice
+
+
+def _in_fewest_parts(trace: Trace, calls: list[Call], samples: int, counts: Sequence[int]) -> _Choice:
+    """In the first of these numbers of parts that peaks as inference does, or than which the next is no better."""
+    coarsest, *finer = counts
+    choice = _choose(trace, calls, samples, coarsest)
+    for parts in finer:
+        if choice.lowest <= SLACK * trace.inference_peak:
             break
-        choice = finer
+        other = _choose(trace, calls, samples, parts)
+        if other.lowest * SLACK > choice.lowest:
+            break
+        choice = other
     return choice
 
 
@@ -179,23 +175,41 @@ class _Paths:
         return high
 
     def _unit(self, call: Call) -> _Unit:
-        inside = range(call.start, call.stop)
-        kept = self.kept[call.start]
-        last = max((i for i in inside if self.stretches[i].arrival), default=None)
-        arrived = call.outputs if last is None else self.stretches[last].arrival - self.kept[last + 1]
-        forward = max(self.stretches[i].inference for i in inside)
+        """What a call costs as a unit: in the forward it runs as in inference, and in the backward once more."""
+        inside, kept = self.stretches[call.start : call.stop], self.kept[call.start]
+        arrived = self._arrived(call)
+        forward = max(stretch.inference for stretch in inside)
         again = max(
-            arrived + max(self.stretches[i].forward for i in inside) - kept,
-            max(self.stretches[i].backward for i in inside) - kept + call.unkept,
+            arrived + max(stretch.forward for stretch in inside) - kept,
+            max(stretch.backward for stretch in inside) - kept + call.unkept,
         )
-        if self.share < 1:  # the working set is that of a part, but for whole outputs and gradients
-            before = max(call.inputs, call.before - kept)
-            forward = before + call.outputs + max(call.outputs, int((forward - before) * self.share))
-            made = [self.stretches[i].gradients for i in inside]
-            fixed = arrived + call.inputs + sum(made)
-            again = fixed + max(made) + call.inputs + max(call.inputs, int((again - fixed) * self.share))
-        writes = sum(self.stretches[i].written for i in inside)
-        return _Unit(call.name, call.start, call.inputs, max(forward, again), writes)
+        if self.share < 1:
+            forward = self._parted_forward(call, forward)
+            again = self._parted_again(call, again, arrived)
+        return _Unit(
+            call.name, call.start, call.inputs, max(forward, again), sum(stretch.written for stretch in inside)
+        )
+
+    def _arrived(self, call: Call) -> int:
+        """What lives when the backward of a call begins, beyond what is kept up to there: gradients."""
+        for place in reversed(range(call.start, call.stop)):
+            if arrival := self.stretches[place].arrival:
+                return arrival - self.kept[place + 1]
+        return call.outputs
+
+    def _parted_forward(self, call: Call, forward: int) -> int:
+        """The outputs of parts pile up while the working set is that of one; in the end they are concatenated."""
+        before = max(call.inputs, call.before - self.kept[call.start])
+        return before + call.outputs + max(call.outputs, int((forward - before) * self.share))
+
+    def _parted_again(self, call: Call, again: int, arrived: int) -> int:
+        """So do the gradients of the inputs' parts; those of what is trained are whole, and a part's is added to them.
+
+        Whole are also the inputs and what arrived.
+        """
+        made = [stretch.gradients for stretch in self.stretches[call.start : call.stop]]
+        fixed = arrived + call.inputs + sum(made)
+        return fixed + max(made) + call.inputs + max(call.inputs, int((again - fixed) * self.share))
 
 
 def _names(best: list[_Way]) -> Iterator[str]:

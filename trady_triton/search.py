@@ -14,8 +14,9 @@ from torch import nn
 from trady_triton.batch import Batch, Shape, first_of, num_samples, samples_in
 from trady_triton.budget import parse_budget
 from trady_triton.budget_plan import make_plan
-from trady_triton.choose import can_part, choose_recompute
+from trady_triton.choose import choose_recompute
 from trady_triton.microbatch import check_micro_batch
+from trady_triton.nn.parts import can_part
 from trady_triton.plan import Plan
 from trady_triton.policy import Policy
 from trady_triton.promise import bound

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from trady_triton.batch import Batch, call, num_samples
+from trady_triton.batch import Batch, call, device_of, num_samples
 from trady_triton.meters import LiveStorages
+from trady_triton.microbatch import casts
 
 
 @dataclass
@@ -63,17 +64,20 @@ class Trace:
         return max(stretch.inference for stretch in self.stretches)
 
 
-def trace_step(model: nn.Module, trained: Iterable[Tensor], inputs: Batch) -> Trace:
+def trace_step(
+    model: nn.Module, trained: Iterable[Tensor], inputs: Batch, autocast: torch.dtype | None = None
+) -> Trace:
     """Run a forward without gradients, a forward and a backward; the model is one of `fake_copy`, under a plan.
 
-    `trained` are the leaves that the backward reaches.
+    `trained` are the leaves that the backward reaches. The forwards run under torch.autocast in that dtype.
     """
     with _Tracer(model, trained, num_samples(inputs)) as tracer:
-        with torch.no_grad():
+        with torch.no_grad(), casts(device_of(inputs), autocast):
             call(model, inputs)
         tracer.start_training()
         with saved_tensors_hooks(tracer.pack, lambda tensor: tensor):
-            y = call(model, inputs)
+            with casts(device_of(inputs), autocast):
+                y = call(model, inputs)
             outputs = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
             del y
             tracer.start_backward()

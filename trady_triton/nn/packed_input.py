@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from trady_triton.nn.made import made
-from trady_triton.nn.parts import parts
+from trady_triton.nn.parts import can_part, parts
 from trady_triton.policy import Policy
 from trady_triton.slot import Draw, Ticket
 
@@ -47,16 +46,17 @@ class _PackedInput(torch.autograd.Function):
             ticket.redeem()
         dx = torch.empty_like(code, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
         sums = [torch.zeros_like(tensor, dtype=_wide(tensor)) for tensor in trained]
-        for number, (dy_part, *packed) in enumerate(parts(dy, code, low, step)):
-            x = decode(*packed).to(ctx.dtype).requires_grad_(dx is not None)
+        outs = [] if dx is None else [dx]
+        for dy_part, code_part, low_part, step_part, *out in parts(dy, code, low, step, *outs):
+            x = decode(code_part, low_part, step_part).to(ctx.dtype).requires_grad_(dx is not None)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 y = ctx.run(x.view_as(x))  # no leaf: hooks that meters put on a module's inputs refuse those
             wanted = trained if dx is None else [*trained, x]
             grads = torch.autograd.grad(y, wanted, dy_part)
             for total, grad in zip(sums, grads, strict=False):
                 total += grad
-            if dx is not None:
-                dx.chunk(8)[number].copy_(grads[-1])
+            for dx_part in out:
+                dx_part.copy_(grads[-1])
         return dx, None, None, None, *(total.to(tensor.dtype) for total, tensor in zip(sums, trained, strict=True))
 
 
@@ -110,8 +110,8 @@ def _draws(module: nn.Module) -> list[Draw]:
 
 def _runs_alike(module: nn.Module, policy: Policy) -> bool:
     """Whether a second run on parts of the batch gives the same: nothing is random or of the whole batch."""
-    unlike = (_DropoutNd, _BatchNorm) if policy.batch_norm == "train" else _DropoutNd
-    return not any(child.training and isinstance(child, unlike) for child in module.modules())
+    is_random = any(child.training and isinstance(child, _DropoutNd) for child in module.modules())
+    return not is_random and can_part(module, policy)
 
 
 def planes(x: Tensor) -> Dims:

@@ -1,10 +1,19 @@
-"""Work on a batch in parts, so that temporaries of full precision stay an eighth of it."""
+"""Work on a batch in parts, so that temporaries of full precision stay an eighth of it, and whether one may."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_triton.policy import Policy
+
+
+def can_part(model: nn.Module, policy: Policy) -> bool:
+    """Whether parts of a batch give the gradient of the whole: no normalisation uses the batch's own statistics."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return not norms or (policy.batch_norm != "train" and all(norm.running_mean is not None for norm in norms))
 
 
 def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
