@@ -25,7 +25,10 @@ test-compat: $(OLDEST)/.dev
 # Numbers in bench/results; a stopped run goes on. On a GPU: make bench-gpu. For a first look: make bench MODE=quick.
 MODE := cpu
 
+# The bars come first, with the wait policy that a user of torch has: lean layers run more and smaller operations, and
+# each wakes a thread that sleeps.
 bench: $(VENV)/.bench
+	$(BIN)/python -m trady_triton.bench.bench_bars --mode $(MODE)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m trady_triton.bench --mode $(MODE)
 
 bench-gpu: $(VENV)/.bench
