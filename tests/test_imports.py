@@ -20,7 +20,7 @@ ALLOWED = {
     "strategies": {"torch", "sampling"},
     "registry": {"torch"},
     "sharding": {"torch"},
-    "slot": {"torch", "sharding"},
+    "slot": {"torch", "ops", "sharding"},
     "batch": {"torch"},
     "ranking": {"torch", "arguments", "batch", "cost", "registry", "serial"},
     "policy": set(),

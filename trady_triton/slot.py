@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trady_triton.ops.upload import upload
 from trady_triton.sharding import drawn_rows, is_sharded
 
 _ATTRIBUTE = "trady_slot"
@@ -213,10 +214,10 @@ class ChannelSlot:
         device = self.weight.device
         factor = torch.ones(len(channels), 1, device=device)
         if scale is not None:
-            factor = torch.tensor(scale, dtype=torch.float32, device=device).view(-1, 1)
+            factor = upload(scale, torch.float32, device).view(-1, 1)
         if outputs is not None:
             chosen = torch.zeros(self.weight.shape[0], device=device)
-            chosen[list(outputs)] = 1.0
+            chosen[upload(outputs, torch.int64, device)] = 1.0
             group_of = channels // self.weight.shape[1]
             factor = factor * chosen.view(self.groups, -1)[group_of]
         return factor
@@ -229,8 +230,8 @@ class ChannelSlot:
             raise ValueError(f"layer {self.layer!r}: channels {ids}, wanted ascending ids in [0, {in_channels})")
         shape = (len(ids), weight.shape[0] // self.groups, *weight.shape[2:])
         proxy = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(shape).requires_grad_()
-        noise = torch.tensor([self._seed()], device=weight.device) if self.bits else None
-        return Draw(torch.tensor(ids, dtype=torch.int64, device=weight.device), proxy, self.bits, noise)
+        noise = torch.full((1,), self._seed(), device=weight.device) if self.bits else None
+        return Draw(upload(ids, torch.int64, weight.device), proxy, self.bits, noise)
 
     def _seed(self) -> int:
         return int.from_bytes(sha256(f"{self.plan} {self.layer} {self.step}".encode()).digest()[:7], "little")

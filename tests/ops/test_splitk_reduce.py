@@ -1,7 +1,10 @@
 """The reduction of partial results sums every split once, in an order that depends on nothing but the sizes."""
 
+import weakref
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.numerics import GuardedArena, relative_error
 from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES
@@ -54,10 +57,11 @@ def test_the_workspace_is_bounded():
         workspace(torch.device("cpu"), MAX_WORKSPACE_BYTES // 4 + 1)
 
 
-@pytest.mark.gpu
-def test_streams_do_not_share_a_workspace():
-    device = torch.device("cuda", 0)
-    here = workspace(device, 100)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        there = workspace(device, 100)
-    assert here.data_ptr() == workspace(device, 100).data_ptr() != there.data_ptr()
+def test_a_workspace_belongs_to_one_op_at_a_time():
+    """Kept from call to call, it would be shared by threads, and outlive the CUDA graph whose memory it is."""
+    with FakeTensorMode():
+        first, second = (workspace(torch.device("cuda", 0), 100) for _ in range(2))
+        gone = weakref.ref(first)
+        assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+        del first
+    assert gone() is None

@@ -12,6 +12,7 @@ from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than
 from trady_triton.ops import token_matmul
 from trady_triton.ops.dequantize import dequantize_channels_ref
 from trady_triton.ops.quantize import quantize_channels_ref
+from trady_triton.ops.tile import dot_precision
 from trady_triton.ops.token_wgrad import token_wgrad, token_wgrad_ref
 
 module = importlib.import_module("trady_triton.ops.token_wgrad")  # the package has a function of that name
@@ -225,6 +226,20 @@ def test_the_result_has_the_requested_dtype(generator):
 def test_arguments_that_do_not_fit_are_refused(store, dy, channel_dim, name):
     with pytest.raises(ValueError, match=name):
         token_wgrad(store, dy, channel_dim)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_fp32_products_take_tf32_where_those_of_torch_do_by_either_name(newer):
+    try:
+        for precision, wanted in (("high", "tf32"), ("highest", "ieee")):
+            if newer:
+                torch.backends.cuda.matmul.fp32_precision = wanted
+            else:
+                torch.set_float32_matmul_precision(precision)
+            assert dot_precision(torch.float32) == wanted
+            assert dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

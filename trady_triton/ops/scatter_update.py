@@ -17,6 +17,7 @@ from trady_triton.ops.library import register_op
 from trady_triton.ops.philox import random16, random16_ref
 from trady_triton.ops.select_config import Config
 from trady_triton.ops.store import are_all
+from trady_triton.ops.upload import upload
 
 ALGORITHMS = ("sgd", "adamw")
 HYPER_COLUMNS = 7
@@ -167,12 +168,7 @@ def update_tables(
         for tile in range(-(-row[5] // BLOCK_E))
     ]
     device = weights[0].device
-    return _upload(rows, torch.int64, device), _upload(blocks, torch.int32, device).view(-1, 3)
-
-
-def _upload(rows: Sequence[object], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    pinned = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
+    return upload(rows, torch.int64, device), upload(blocks, torch.int32, device).view(-1, 3)
 
 
 def _sgd_ref(
@@ -257,11 +253,11 @@ def _update(
     if not len(blocks):
         return
     device, compute = weights[0].device, _compute_dtype(weights[0])
-    pointers = _upload([grad.data_ptr() for grad in grads], torch.int64, device)
+    pointers = upload([grad.data_ptr() for grad in grads], torch.int64, device)
     carrier = weights[0].new_empty(1, dtype=compute)
     launch(
-        _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, hyper.to(device, non_blocking=True),
-        None if corrections is None else corrections.to(device, non_blocking=True),
+        _scatter_update_kernel, (len(blocks),), layers, blocks, pointers, upload(hyper, torch.float64, device),
+        None if corrections is None else upload(corrections, torch.float64, device),
         found_inf, seed, weights[0], grads[0], carrier, channels[0], config=CONFIG, ADAMW=algorithm == "adamw",
         MOMENTUM=bool(momenta), NESTEROV=nesterov, STOCHASTIC=seed is not None,
         COMPUTE=tl.float64 if compute == torch.float64 else tl.float32,

@@ -35,6 +35,9 @@ def load_tokens(
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The PREC of a dot over `dtype` operands: fp32 follows torch.get_float32_matmul_precision(), others are exact."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """The PREC of a dot over `dtype` operands: fp32 follows what torch's own products on CUDA do, others are exact.
+
+    torch.set_float32_matmul_precision() sets it too; its getter raises where somebody has used the newer name.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -1,31 +1,22 @@
-"""One scratch buffer of at most 8 MiB for each (device, stream), shared by every two-pass op that runs on that stream.
+"""The scratch memory of two-pass ops, at most 8 MiB each.
 
-Work on one stream is in order, so the next op may overwrite it as soon as the reduction of the last one is launched.
-The autograd engine runs backward on another thread but on the stream of the forward, so threads are not in the key.
+It comes from torch's allocator and goes back when the op returns, so the next op on the stream gets the same block. A
+buffer kept here would need an owner for every stream and thread, and CUDA graphs would go on using it after it was
+freed: an allocation in a capture belongs to the graph.
 """
 
 from __future__ import annotations
 
 import torch
 
-from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES, next_power_of_2
-
-_BUFFERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+from trady_triton.ops.select_config import MAX_WORKSPACE_BYTES
 
 
 def workspace(device: torch.device, numel: int) -> torch.Tensor:
-    """An uninitialised fp32 vector [numel], valid until the next call for this stream.
+    """An uninitialised fp32 vector [numel].
 
     Raises: ValueError above 8 MiB; a configuration has to split less instead.
     """
-    num_bytes = 4 * numel
-    if num_bytes > MAX_WORKSPACE_BYTES:
-        raise ValueError(f"workspace: got {num_bytes} bytes, wanted at most {MAX_WORKSPACE_BYTES}")
-    if device.type != "cuda":
-        return torch.empty(numel, dtype=torch.float32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    buffer = _BUFFERS.get(key)
-    if buffer is None or buffer.numel() < numel:
-        buffer = torch.empty(next_power_of_2(numel), dtype=torch.float32, device=device)
-        _BUFFERS[key] = buffer
-    return buffer[:numel]
+    if 4 * numel > MAX_WORKSPACE_BYTES:
+        raise ValueError(f"workspace: got {4 * numel} bytes, wanted at most {MAX_WORKSPACE_BYTES}")
+    return torch.empty(numel, dtype=torch.float32, device=device)

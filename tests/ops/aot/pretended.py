@@ -21,10 +21,9 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from trady_triton.ops import workspace
 
 H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
 ALIGNMENT = 512  # of the CUDA allocator
@@ -89,9 +88,9 @@ def _as_cudnn(func, args, out):
 
 
 def _moved(source, out, waits):
-    """A copy between host and device that the host waits for."""
-    moves = source.device != out.device and (waits or out.device.type == "cpu")
-    return [f"{tuple(out.shape)} moves from {source.device} to {out.device}"] if moves else []
+    """A copy between host and device that the host waits for, or may wait for as its memory is not page-locked."""
+    waits = waits or out.device.type == "cpu" or (source.device.type == "cpu" and source not in _PINNED)
+    return [f"{tuple(out.shape)} moves from {source.device} to {out.device}"] * (source.device != out.device and waits)
 
 
 def _turned(args, kwargs, out):
@@ -151,12 +150,14 @@ def _exchange_device(index):
     return previous
 
 
-_torch_tensor = torch.tensor
+_PINNED = WeakIdKeyDictionary()
 
 
-def _tensor(data, *, pin_memory=False, **options):
-    """torch.tensor without the page-locked memory, for which there would have to be a driver."""
-    return _torch_tensor(data, **options)
+def _pin(tensor):
+    """Tensor.pin_memory without a driver."""
+    pinned = tensor.clone()
+    _PINNED[pinned] = True
+    return pinned
 
 
 def _address(tensor):
@@ -205,8 +206,7 @@ def pretended_cuda():
             (triton.runtime.driver, "_active", _Driver()),
             (torch.autograd, "_engine_run_backward", engine.run_backward),
             (torch._C, "_current_graph_task_id", lambda: 1),  # else a checkpoint runs again for each tensor
-            (torch, "tensor", _tensor),
-            (workspace, "_BUFFERS", {}),
+            (torch.Tensor, "pin_memory", _pin),
             (torch.cuda, "get_device_properties", lambda device=None: H100),
             (torch.cuda, "get_device_capability", lambda device=None: (H100.major, H100.minor)),
             (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),

@@ -1,0 +1,20 @@
+"""Small tables on their way to a device, for which the host does not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def upload(values: torch.Tensor | Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers, nested or as a tensor, as a tensor on `device`.
+
+    From the CPU to CUDA through page-locked memory, which torch keeps until the copy is done: from any other the driver
+    may first wait for all work on the stream.
+    """
+    found = torch.as_tensor(values, dtype=dtype)
+    if found.device.type == "cpu" and device.type == "cuda":
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)
