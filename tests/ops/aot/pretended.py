@@ -110,8 +110,14 @@ def _is_channels_last(tensor):
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
+def _sent(args, kwargs, out):
+    return _moved(args[0], out, not (kwargs.get("non_blocking") or args[3:4] == (True,)))
+
+
 _LOOKED_AT = {
-    torch.ops.aten._to_copy.default: lambda args, kwargs, out: _moved(args[0], out, not kwargs.get("non_blocking")),
+    torch.ops.aten._to_copy.default: _sent,
+    torch.ops.aten.to.device: _sent,  # inside an op of ours nothing is decomposed
+    torch.ops.aten.to.dtype_layout: _sent,
     torch.ops.aten.copy_.default: lambda args, kwargs, out: _moved(args[1], out, args[2:] != (True,)),
     torch.ops.aten.convolution_backward.default: _turned,
     torch.ops.aten.max_pool2d_with_indices_backward.default: _filled,
