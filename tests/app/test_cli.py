@@ -10,7 +10,7 @@ from app_files import write_npz
 from typer.testing import CliRunner
 
 from trady_triton import Plan, Ranking
-from trady_triton.app.cli import app
+from trady_triton.app.cli import COMMANDS, app, load
 
 NET = "test_efficientnet"
 SMALL = ("--image-size", "32")
@@ -258,6 +258,18 @@ def test_a_runtime_error_is_a_line_that_says_how_to_see_where(monkeypatch):
     wanted = "error: of ours, or of torch's (`trady --traceback ...` shows where)"
     assert error_of(trady("rank", NET, *SMALL)) == wanted
     assert type(trady("--traceback", "rank", NET, *SMALL).exception) is RuntimeError
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_is_not_imported_yet_has_its_own_help(name):
+    assert load(name).help.startswith(COMMANDS[name])
+    assert load(name).name == name
+
+
+def test_the_help_needs_no_timm():
+    code = "import sys; sys.modules['timm'] = None; from trady_triton.app.cli import main; main()"
+    told = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f" {name} " in told for name in COMMANDS)
 
 
 def test_the_versions_are_told():

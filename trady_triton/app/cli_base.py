@@ -1,4 +1,4 @@
-"""What the commands of `trady` share: the application, how options are grouped, how mistakes are told."""
+"""What the commands of `trady` share: how options are grouped, remarks, files that are checked before the work."""
 
 from __future__ import annotations
 
@@ -7,59 +7,23 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-import typer
-from safetensors import SafetensorError
-from typer.core import TyperGroup
-
-
-class Commands(TyperGroup):
-    """Turns what the user can mend into one line on stderr and exit code 1; Ctrl-C gives 130.
-
-    A RuntimeError is torch's word for most of that: no memory left, a full disk, an input too small for a network. It
-    may be a mistake of ours as well, so its line says how to see the traceback.
-    """
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # RuntimeErrors as well
-            raise
-        except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
-            if ctx.params["traceback"]:
-                raise
-            typer.echo("error: " + _told(error), err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from error
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    told = " ".join(str(error).split()) or type(error).__name__
-    return told + " (`trady --traceback ...` shows where)" * isinstance(error, RuntimeError)
-
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+import typer.main
+from typer.core import TyperCommand
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def command(function: Callable[P, R]) -> Callable[..., R]:
+def command(function: Callable[..., None]) -> TyperCommand:
     """Make a function a command, with groups of options expanded."""
-    return app.command()(expanded(function))
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(expanded(function))
+    made = typer.main.get_command(alone)
+    assert isinstance(made, TyperCommand)
+    return made
 
 
 def expanded(function: Callable[P, R]) -> Callable[..., R]:
@@ -117,19 +81,3 @@ def check_folder(path: Path | None) -> Path | None:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise typer.BadParameter(f"{nearest} is {'not writable' if nearest.is_dir() else 'a file, not a folder'}")
     return path
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        print(", ".join(f"{name} {version(name)}" for name in ("trady-triton", "torch", "timm")))
-        raise typer.Exit()
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
-    ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
-) -> None:
-    """Fine-tune pretrained networks inside a strict memory budget (TraDy)."""

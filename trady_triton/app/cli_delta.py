@@ -29,7 +29,7 @@ def export(
     run: Annotated[Path, typer.Option(help="Folder of a finished `trady finetune`.")],
     out: TensorFile,
 ) -> None:
-    """Write what a run changed as a small file; name the weights and options that the run started from."""
+    """Write what a run changed as a small file; name the weights and options that it started from."""
     tuned = str(run / MODEL)
     base = built_for(network, read_tensors(tuned))
     model = copy.deepcopy(base)

@@ -16,7 +16,7 @@ def demo(
         "demo-output"
     ),
 ) -> None:
-    """Fine-tune a pretrained EfficientNet-Lite0 on handwritten digits: everything, the head, TraDy at two budgets."""
+    """Fine-tune a pretrained EfficientNet-Lite0 on handwritten digits: whole, its head, TraDy at two budgets."""
     from trady_triton.app.demo import run
 
     run(out)

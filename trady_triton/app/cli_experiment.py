@@ -30,7 +30,7 @@ def experiment(
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; all GPUs by default, else the CPU.")] = None,
 ) -> None:
-    """Run a grid of nets x data sets x budgets x strategies x seeds; what is finished is never run again."""
+    """Run a grid of nets x data sets x budgets x strategies x seeds; a second call runs what is left."""
     grid = Spec.load(spec)
     grid.check_files(data)
     cells = list(grid.cells())

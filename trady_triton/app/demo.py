@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from trady_triton import Plan, Ranking, make_plan, rank_layers
 from trady_triton.app.build import build_model
-from trady_triton.app.data import Pictures, load_data
+from trady_triton.app.data import load_data
 from trady_triton.app.demo_report import Method, Report, Result, closing_lines, results_table
 from trady_triton.app.loader import Batches
 from trady_triton.app.plots import plot_accuracy, plot_memory
@@ -249,14 +249,6 @@ def _batches(settings: Settings) -> Batches:
     model = build_model(settings.net)
     return Batches.for_model(
         data, model, image_size=settings.image_size, batch_size=settings.batch_size, seed=settings.seed
-    )
-
-
-def _some(pictures: Pictures, count: int) -> Pictures:
-    """Up to `count` of the pictures, spread over all of them, which lie in the order of their writers."""
-    available = len(pictures.labels)
-    return pictures.subset(
-        [i * available // count for i in range(count)] if count < available else list(range(available))
     )
 
 
