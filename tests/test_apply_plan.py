@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import timm
@@ -349,3 +350,39 @@ def test_batchnorms_affine_is_trained_alone_or_with_that_of_every_norm(options, 
     apply_plan(net, make_plan(ranking, budget=200, **options))
     trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert trained == norms | {"6.weight", "6.bias"}
+
+
+def step_of(net, optimizer):
+    x, y = toy_batches()[0]
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+
+
+def test_another_optimizer_on_a_planned_model_is_told_of():
+    net = toy_net()
+    plan = toy_plan(net)
+    apply_plan(net, plan)
+    with pytest.warns(UserWarning, match="only what is trained whole, the head, has gradients") as told:
+        step_of(net, torch.optim.SGD(net.parameters()))
+    assert {warning.filename for warning in told} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            net(toy_batches()[0][0])
+        optimizer = TraDyOptimizer(net.parameters(), plan)
+        optimizer.resample(0)
+        step_of(net, optimizer)
+        find_slot(net.stem.weight).set(())  # a draw may be empty
+        step_of(net, optimizer)
+        remove_plan(net)
+        step_of(net, torch.optim.SGD(net.parameters()))
+
+
+@pytest.mark.parametrize("sampler", ["head", "bias"])
+def test_a_plan_without_channels_needs_no_draw(sampler):
+    net = toy_net()
+    apply_plan(net, toy_plan(net, None, sampler=sampler))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_of(net, torch.optim.SGD([p for p in net.parameters() if p.requires_grad]))

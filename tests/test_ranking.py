@@ -1,6 +1,7 @@
 """Ranking against dense autograd, and what it leaves behind."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,8 +157,9 @@ def test_foreign_files_are_refused(tmp_path, content):
         lambda layers: layers[0]["norms"].__setitem__(0, "1"),
         lambda layers: layers[0].__setitem__("shape", None),
         lambda layers: layers.append(layers[0]),
+        lambda layers: [layer.update(norms=[0.0] * len(layer["norms"])) for layer in layers],
     ],
-    ids=["no norms", "a norm less", "nan", "negative", "text", "no shape", "twice"],
+    ids=["no norms", "a norm less", "nan", "negative", "text", "no shape", "twice", "all 0"],
 )
 def test_a_damaged_ranking_is_refused(tmp_path, change):
     path = tmp_path / "ranking.json"
@@ -167,6 +169,13 @@ def test_a_damaged_ranking_is_refused(tmp_path, change):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="damaged"):
         Ranking.load(path)
+
+
+def test_a_layer_without_any_gradient_ranks_last(tmp_path):
+    ranking = toy_ranking(toy_net())
+    dead = replace(ranking.layers[0], norms=(0.0,) * len(ranking.layers[0].norms))
+    Ranking((dead, *ranking.layers[1:]), ranking.head, 1).save(tmp_path / "ranking.json")
+    assert Ranking.load(tmp_path / "ranking.json").order()[-1] == dead.name
 
 
 def test_table_lists_every_layer_in_rank_order():
@@ -200,7 +209,7 @@ def test_user_mistakes_are_named():
         rank_layers(net, [(x, y)], lambda output, target: output.sum().detach())
     with pytest.raises(ValueError, match="not finite"):
         rank_layers(net, toy_batches(), lambda output, target: output.sum() * float("nan"))
-    with pytest.raises(ValueError, match="every gradient norm is 0"):
+    with pytest.raises(ValueError, match=r"all gradient norms of \d layers are 0, wanted some above 0"):
         rank_layers(net, toy_batches(), lambda output, target: output.sum() * 0)
     apply_plan(net, make_plan(toy_ranking(net), budget=1200))
     with pytest.raises(ValueError, match="remove_plan"):

@@ -64,6 +64,9 @@ class Ranking:
             if len(layer.norms) != layer.shape.in_channels or not all(0 <= norm < math.inf for norm in layer.norms):
                 raise ValueError(f"layer {layer.name!r}: wanted {layer.shape.in_channels} gradient norms, each finite "
                                  "and at least 0")  # fmt: skip
+        if self.layers and not any(any(layer.norms) for layer in self.layers):
+            raise ValueError(f"all gradient norms of {len(self.layers)} layers are 0, wanted some above 0: is the "
+                             "head initialised to zero, or the loss constant?")  # fmt: skip
 
     def order(self, cost: CostModel | None = None) -> tuple[str, ...]:
         """Layer names, highest RGN first. The default cost is the paper's: elements, one sample."""
@@ -240,8 +243,6 @@ class _Measurement:
             if not all(map(math.isfinite, norms)):
                 raise ValueError(f"layer {name!r}: a gradient norm is not finite; check the batches and the loss")
             ranked.append(LayerNorms(name, shape, norms))
-        if ranked and not any(sum(layer.norms) for layer in ranked):
-            raise ValueError("every gradient norm is 0: is the head initialised to zero, or the loss constant?")
         if not ranked:
             raise ValueError("no layer to rank: no Conv2d or Linear outside the head gets a gradient; "
                              f"{type(self.model).__name__} has {_kinds_with_weights(self.model)}")  # fmt: skip

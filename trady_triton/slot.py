@@ -10,6 +10,7 @@ Hooks, accumulation, clipping and GradScaler see an ordinary small parameter; no
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from trady_triton.ops.upload import upload
 from trady_triton.sharding import drawn_rows, is_sharded
@@ -49,10 +51,10 @@ class Ticket:
 class Draw:
     """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient.
 
-    `unapplied` tells whether a backward has added to the proxy's gradient since the last optimizer step, `averaged`
-    tells whether the gradient is the mean over the processes that train together. `factor`, [K, 1] or
-    [K, O/G], multiplies the gradient in the update; None leaves it as it is. Where the store is quantised, `bits` is
-    8 or 4 and `noise`, [1] int64, the seed of its rounding.
+    `is_first` marks the empty one that a slot starts with. `unapplied` tells whether a backward has added to the
+    proxy's gradient since the last optimizer step, `averaged` whether the gradient is the mean over the processes that
+    train together. `factor`, [K, 1] or [K, O/G], multiplies the gradient in the update; None leaves it as it is. Where
+    the store is quantised, `bits` is 8 or 4 and `noise`, [1] int64, the seed of its rounding.
     """
 
     def __init__(self, channels: Tensor, proxy: Tensor, bits: int = 0, noise: Tensor | None = None) -> None:
@@ -60,6 +62,7 @@ class Draw:
         self.proxy = proxy
         self.bits = bits
         self.noise = noise
+        self.is_first = False
         self.factor: Tensor | None = None
         self.replaced = False
         self.unapplied = False
@@ -98,6 +101,7 @@ class ChannelSlot:
         self.bits = bits
         self.step = 0
         self.draw = self._make_draw(())
+        self.draw.is_first = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the channels; proxy, gradients and waiting forwards belong to this slot alone."""
@@ -246,12 +250,13 @@ class Pool:
     model: weakref.ref[nn.Module]
 
 
+@dataclass(frozen=True)
 class _Link:
     """What a parameter carries of a planned model. Pickles as an empty link: a loaded parameter belongs to none."""
 
-    def __init__(self, slot: ChannelSlot | None = None, pool: Pool | None = None) -> None:
-        self.slot = slot
-        self.pool = pool
+    slot: ChannelSlot | None = None
+    pool: Pool | None = None
+    hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[type[_Link], tuple[()]]:
         return _Link, ()
@@ -265,9 +270,20 @@ def attach_pool(pool: Pool, whole: Iterable[Tensor]) -> None:
     until a plan is applied to it.
     """
     for parameter in whole:
-        setattr(parameter, _ATTRIBUTE, _Link(None, pool))
+        hook = parameter.register_post_accumulate_grad_hook(partial(_tell_if_undrawn, pool))  # type: ignore[no-untyped-call]
+        setattr(parameter, _ATTRIBUTE, _Link(None, pool, hook))
     for slot in pool.slots:
         setattr(slot.weight, _ATTRIBUTE, _Link(slot, pool))
+
+
+def _tell_if_undrawn(pool: Pool, parameter: Tensor) -> None:
+    """Another optimizer would train what has a gradient, the head, and say nothing. A plan without budget may be so."""
+    if pool.plan.strategy.has_budget and all(slot.draw.is_first for slot in pool.slots):
+        warnings.warn(
+            "backward through a planned model of which no channels were ever drawn: only what is trained whole, the "
+            "head, has gradients; make a TraDyOptimizer and call its resample(epoch), or else remove_plan(model)",
+            stacklevel=5,
+        )
 
 
 def find_slot(weight: Tensor) -> ChannelSlot | None:
@@ -284,5 +300,7 @@ def find_pool(parameter: Tensor) -> Pool | None:
 
 def detach_pool(parameter: Tensor) -> None:
     """Forget pool and slot of a parameter."""
-    if hasattr(parameter, _ATTRIBUTE):
+    if isinstance(link := getattr(parameter, _ATTRIBUTE, None), _Link):
+        if link.hook is not None:
+            link.hook.remove()
         delattr(parameter, _ATTRIBUTE)
