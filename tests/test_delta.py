@@ -136,8 +136,14 @@ def test_a_model_of_other_shapes_is_refused_by_name(tmp_path):
 
 
 def test_saving_against_a_base_that_does_not_fit_writes_nothing(tmp_path):
-    for base in (toy_net().float(), torch.nn.Sequential(toy_net())):
-        with pytest.raises(ValueError, match=r"'stem.weight' is (float32|missing)"):
+    larger = toy_net()
+    larger.more = torch.nn.Linear(2, 2)
+    for base, wrong in (
+        (toy_net().float(), r"'stem.weight' is float32"),
+        (torch.nn.Sequential(toy_net()), r"'stem.weight' is missing"),
+        (larger, r"'more.weight' is float32 \(2, 2\) in the first and missing in the second"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
             save_delta(tmp_path / "d.safetensors", base, trained()[0])
     assert not list(tmp_path.iterdir())
 

@@ -201,6 +201,12 @@ def test_a_split_batch_gives_the_gradient_of_the_whole() -> None:
     assert torch.allclose(backward_in_parts(net, x, y, F.cross_entropy, 2), loss, rtol=1e-12)
     for parameter, grad in zip(net.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
+    net.zero_grad()
+    with pytest.raises(ValueError, match="target of 4 samples: wanted 5"):
+        backward_in_parts(net, x, y[:4], F.cross_entropy, 2)
+    with pytest.raises(ValueError, match="batch is empty"):
+        backward_in_parts(net, x[:0], y[:0], F.cross_entropy)
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_a_ledger_survives_its_file(tmp_path) -> None:

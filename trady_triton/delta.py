@@ -64,12 +64,12 @@ def save_delta(path: str | os.PathLike[str], base: nn.Module | Mapping[str, Tens
     head = tuple(f"{name}." for name in (find_head(model, ()) if plan is None else plan.head))
     groups = _groups(model)
     content: dict[str, Tensor] = {}
-    for name, tensor in after.items():
-        if name.startswith(head):
-            content[WHOLE + name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        else:
-            _check_kind(f"base and {type(model).__name__}", name, before.get(name), tensor)
-            content |= _difference(name, before[name], tensor, groups.get(name))
+    for name in {**after, **before}:
+        if not name.startswith(head):
+            _check_kind(f"base and {type(model).__name__}", name, before.get(name), after.get(name))
+            content |= _difference(name, before[name], after[name], groups.get(name))
+        elif name in after:
+            content[WHOLE + name] = after[name].detach().cpu().clone(memory_format=torch.contiguous_format)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

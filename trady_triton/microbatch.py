@@ -33,14 +33,19 @@ def backward_in_parts(
         the loss of the whole batch, detached.
 
     Raises:
-        ValueError: `micro_batch` is no positive integer, the batch is empty, or the loss no scalar.
+        ValueError: `micro_batch` is no positive integer, the batch is empty, inputs and target differ in samples, or
+            the loss is no scalar.
     """
     size = num_samples(inputs)
     if size == 0:
         raise ValueError("the batch is empty")
     check_micro_batch(micro_batch)
+    if micro_batch is not None and num_samples(target) != size:
+        raise ValueError(f"target of {num_samples(target)} samples: wanted {size}, as many as inputs")
+    both = inputs, target
+    parts = [both] if micro_batch is None else zip(*(split(batch, micro_batch) for batch in both), strict=True)
     total: Tensor | None = None
-    for x, y in zip(*(split(batch, micro_batch or size) for batch in (inputs, target)), strict=True):
+    for x, y in parts:
         with casts(device_of(x), autocast):
             loss = loss_fn(call(model, x), y)
         check_loss(loss)
