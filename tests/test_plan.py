@@ -53,13 +53,15 @@ def test_integer_budgets_count_elements_of_one_sample_whatever_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("text", "amount"), [("256KiB", 262144), ("2 MiB", 2097152), ("1.5kb", 1500), ("1GB", 10**9), ("12B", 12)]
+    ("text", "amount"),
+    [("256KiB", 2**18), ("2 MiB", 2**21), ("1gib", 2**30), ("1.5kb", 1500), ("2MB", 2e6), ("1GB", 1e9), ("12B", 12)],
 )
 def test_budget_units(text, amount):
     assert parse_budget(text) == (amount, True)
+    assert parse_budget(1) == (1, False)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "", "12", "-1KiB", "0MB", "1TiB", "a MiB", None])
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "", "12", "-1KiB", "0MB", "1TiB", "1iB", "a MiB", None])
 def test_bad_budgets_are_refused(wrong):
     with pytest.raises(ValueError, match="budget"):
         parse_budget(wrong)
@@ -184,12 +186,15 @@ def test_lara_pool_is_the_smallest_that_costs_five_budgets():
 
 
 def test_a_scheme_brings_its_own_budget():
-    plan = toy_plan(toy_net(), None, coverage=None, sampler="su", layers={"stem": 0.5, "pointwise": 0.25})
-    assert plan.budget == sum(n * plan.cost.channel_cost(plan.shapes[x]) for x, n in (("stem", 1), ("pointwise", 3)))
+    scheme = {"sampler": "su", "layers": {"stem": 1.0, "pointwise": 0.25}}
+    plan = toy_plan(toy_net(), None, coverage=None, **scheme)
+    assert plan.budget == sum(n * plan.cost.channel_cost(plan.shapes[x]) for x, n in (("stem", 3), ("pointwise", 3)))
     scores = {name: torch.arange(plan.shapes[name].in_channels) for name in plan.pool}
-    assert plan.sample(9, scores) == {"stem": (2,), "pointwise": (9, 10, 11)}
+    assert plan.sample(9, scores) == {"stem": (0, 1, 2), "pointwise": (9, 10, 11)}
+    for more in (0, 5):
+        assert toy_plan(toy_net(), plan.budget + more, **scheme).budget == plan.budget + more
     with pytest.raises(ValueError, match="the scheme of `layers` takes"):
-        toy_plan(toy_net(), plan.budget - 1, sampler="su", layers={"stem": 0.5, "pointwise": 0.25})
+        toy_plan(toy_net(), plan.budget - 1, **scheme)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +202,11 @@ def test_a_scheme_brings_its_own_budget():
     [
         ({"sampler": "lora"}, "wanted one of trady"),
         ({"sampler": "full"}, "takes none"),
+        ({"budget": None}, "budget None and memory None: wanted one of them for sampler 'trady'"),
         ({"sampler": "cyclic", "fill": "skip"}, "sampler 'cyclic' has a rule of its own"),
         ({"sampler": "su"}, "su_layers"),
-        ({"sampler": "su", "layers": {"stem": 2.0}}, "su_layers"),
+        ({"sampler": "su", "layers": {"stem": 0.5, "pointwise": 2.0}}, "su_layers"),
+        ({"sampler": "su", "layers": {"stem": 0}}, "su_layers"),
         ({"sampler": "cyclic", "dgrad_budget": 0.5}, "inclusion probabilities"),
         ({"sampler": "d-rgn", "correction_cap": 2.0}, "inclusion probabilities"),
         ({"correction_cap": 0.0}, "correction_cap"),

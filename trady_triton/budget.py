@@ -16,9 +16,9 @@ def parse_budget(budget: int | str) -> tuple[int, bool]:
     """(amount, whether it counts bytes): 27946 -> (27946, False), "256KiB" -> (262144, True)."""
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget, False
-    pattern = r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b)\s*"
+    pattern = r"\s*(\d+(?:\.\d+)?)\s*((?:[kmg]i?)?b)\s*"
     match = re.fullmatch(pattern, budget, re.IGNORECASE) if isinstance(budget, str) else None
-    if match and match[2].upper() in _BYTES and float(match[1]) > 0:
+    if match and float(match[1]) > 0:
         return int(float(match[1]) * _BYTES[match[2].upper()]), True
     raise ValueError(f"budget {budget!r}: wanted a positive integer (elements, one sample) or bytes such as '256KiB'")
 
