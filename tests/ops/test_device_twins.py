@@ -41,7 +41,7 @@ def test_quantised_store_with_the_same_philox_bits(layout, bits, generator):
     ours, twin = on_both(quantize_channels, x, CHANNELS, layout, bits, (1, 1), seed)
     assert torch.equal(ours[1], twin[1])
     assert torch.equal(ours[2], twin[2])
-    assert (ours[0] != twin[0]).float().mean() < 1e-4  # a fused multiply-add may cross a rounding boundary
+    assert (ours[0] != twin[0]).sum() <= 2  # a fused multiply-add may cross a rounding boundary
     size = store_channels(x, CHANNELS, layout).shape
     (back,), (back_twin,) = on_both(dequantize_channels, *twin, layout, bits, size, torch.float32)
     torch.testing.assert_close(back, back_twin)

@@ -124,6 +124,20 @@ def test_magnitudes_beyond_fp16_survive(bits):
 
 
 @both_bits
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_does_not_hide(value, backend, bits, monkeypatch, generator):
+    monkeypatch.setenv("TRADY_TRITON_BACKEND", backend)
+    x = sample((2 * GROUP, 3), generator)
+    x[GROUP + 5, 1] = value
+    values, _, _ = round_trip(x, "tokens", bits, (1, 1), channels=torch.arange(3))
+    spoiled = torch.zeros(3, 2 * GROUP, dtype=torch.bool)
+    spoiled[1, GROUP:] = True
+    assert torch.equal(~values.isfinite(), spoiled)
+
+
+@both_bits
 def test_stochastic_rounding_is_unbiased(bits, monkeypatch):
     monkeypatch.setenv("TRADY_TRITON_BACKEND", "torch")
     x = torch.rand(400, 8, generator=torch.Generator().manual_seed(3))

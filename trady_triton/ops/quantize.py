@@ -14,8 +14,8 @@ of 8 (CM: 64).
 scale and zero are bf16, so that no range of an activation overflows them: zero is the minimum rounded down, scale is
 (maximum - zero) / (2^bits - 1) rounded up. Codes are computed against the rounded pair, so an element errs by half a
 step (to nearest) or by less than one (stochastically), and a channel that is constant and bf16 stays exact (scale 0).
-Codes past T are 0.  Stochastic rounding draws philox value i % 8 of counter (i // 8, j, g, 0), so
-that a recomputation under checkpoint repeats it bit for bit.
+Nothing of a group with NaN or infinity in it reads back as finite.  Codes past T are 0.  Stochastic rounding draws
+philox value i % 8 of counter (i // 8, j, g, 0), so that a recomputation under checkpoint repeats it bit for bit.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def _load(x_ptr, base, g, i, K, j, T, sn, sp, sq, G: tl.constexpr, PQ: tl.constexpr, Q: tl.constexpr):
     t = g * G + i
     mask = (j < K)[:, None] & ((i < G) & (t < T))[None, :]
-    x = tl.load(x_ptr + base[:, None] + token_offset(t, sn, sp, sq, PQ, Q)[None, :], mask=mask, other=0.0)
-    return x.to(tl.float32), mask
+    x = tl.load(x_ptr + base[:, None] + token_offset(t, sn, sp, sq, PQ, Q)[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(x == x, x, float("inf")), mask  # the largest of a group would pass over NaN
 
 
 @jit

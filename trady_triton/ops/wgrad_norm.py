@@ -63,14 +63,18 @@ def wgrad_sqnorm_ref(x: torch.Tensor, dy: torch.Tensor, channel_dim: int = -1) -
 
 @rule("wgrad_sqnorm")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """The largest tile that still fills the device; too few tiles (nothing is split here) and fp32 go to cuBLAS."""
+    """The largest tile that still fills the device.
+
+    Too few tiles (nothing is split here), or more than the workspace has room for, and fp32 go to cuBLAS.
+    """
     BM = min(max(next_power_of_2(shape["C"]), 16), 128)
     BN = min(max(next_power_of_2(shape["O"]), 32), 128)
     tiles = -(-shape["C"] // BM) * -(-shape["O"] // BN)
     if tiles < arch.num_sms:
         BM, BN = min(BM, 64), min(BN, 64)
         tiles = -(-shape["C"] // BM) * -(-shape["O"] // BN)
-    mm = tiles < arch.num_sms or dtype == torch.float32
+    too_many = 4 * -(-shape["O"] // BN) * shape["C"] > MAX_WORKSPACE_BYTES
+    mm = tiles < arch.num_sms or too_many or dtype == torch.float32
     BK = 32 if dtype == torch.float32 else 64
     stages = 2 if arch.hip else 3
     warps = 8 if BM * BN >= 16384 else 4
