@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import timm
 import torch
@@ -96,6 +98,13 @@ def test_options_that_are_no_object_are_an_error(text):
         parse_options(text)
 
 
-def test_an_option_that_timm_refuses_is_an_error():
-    with pytest.raises(ValueError, match="'test_efficientnet' cannot be built"):
-        build_model(NET, options={"no_such_option": 1})
+@pytest.mark.parametrize("options", [{"no_such_option": 1}, {"act_layer": "none_such"}])
+def test_an_option_that_timm_refuses_is_an_error(options):
+    with pytest.raises(ValueError, match=r"'test_efficientnet' cannot be built: .*(no|none)_such"):
+        build_model(NET, options=options)
+
+
+def test_weights_that_cannot_be_fetched_name_the_network(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", Mock(side_effect=OSError("no network")))
+    with pytest.raises(OSError, match=r"'test_efficientnet': its weights could not be fetched; .*\(no network\)"):
+        build_model(NET, pretrained=True)

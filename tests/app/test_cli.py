@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -97,6 +98,12 @@ def test_finetune_leaves_log_checkpoint_and_weights(run, tmp_path, method):
     again = run("--method", "head", "--weights", tmp_path / "run" / "model.safetensors", out="again")
     assert again.exit_code == 0, again.output
     assert "loaded" in again.stderr
+
+
+def test_a_batch_is_at_most_all_images(run):
+    result = run("--budget", "16KiB", "--batch-size", 1000)
+    assert result.exit_code == 0, result.output
+    assert "16,384 bytes for a batch of 24" in result.stdout
 
 
 def test_finetune_digits(run):
@@ -250,14 +257,12 @@ def test_a_file_that_could_not_be_written_is_told_before_the_work():
         assert "quick ranking" not in result.stderr
 
 
-def test_a_runtime_error_is_a_line_that_says_how_to_see_where(monkeypatch):
-    def broken(*arguments, **options):
-        raise RuntimeError("of ours,\nor of torch's")
-
-    monkeypatch.setattr("trady_triton.app.cli_rank.rank_on_noise", broken)
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_an_error_that_may_be_ours_is_a_line_that_says_how_to_see_where(monkeypatch, kind):
+    monkeypatch.setattr("trady_triton.app.cli_rank.rank_on_noise", Mock(side_effect=kind("of ours,\nor of torch's")))
     wanted = "error: of ours, or of torch's (`trady --traceback ...` shows where)"
     assert error_of(trady("rank", NET, *SMALL)) == wanted
-    assert type(trady("--traceback", "rank", NET, *SMALL).exception) is RuntimeError
+    assert type(trady("--traceback", "rank", NET, *SMALL).exception) is kind
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -11,7 +11,7 @@ NET = ("--model", "test_efficientnet", "--batch", 2, "--image-size", 32)
 
 def test_the_table_of_a_net_and_its_numbers(tmp_path):
     out = tmp_path / "bench.json"
-    more = ("--budget", "16KiB", "--methods", "head,paca,trady", "--repeats", 1, "--device", "cpu", "--out", out)
+    more = ("--budget", "16KiB", "--methods", "head, paca,trady", "--repeats", 1, "--device", "cpu", "--out", out)
     result = trady("bench", *NET, *more)
     assert result.exit_code == 0, result.output
     assert "test_efficientnet, batch 2, 32 px, cpu" in result.stdout

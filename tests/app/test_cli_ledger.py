@@ -44,6 +44,12 @@ def test_a_memory_too_small_names_the_smallest_that_works():
     assert "smallest workable memory" in message
 
 
+def test_a_bad_memory_is_told_before_the_work():
+    result = trady("plan", "test_efficientnet", *SMALL, "--memory", "lots")
+    assert "memory 'lots': wanted bytes" in error_of(result)
+    assert "quick ranking" not in result.stderr
+
+
 def test_a_plan_wants_a_budget_or_a_memory():
     assert "wanted one of them" in error_of(trady("plan", "test_efficientnet", *SMALL))
     both = trady("plan", "test_efficientnet", *SMALL, "--budget", 3000, "--memory", "4MiB")

@@ -41,6 +41,29 @@ def test_folder_with_two_halves(tmp_path, test_name):
     assert data.train.open(0).mode == "RGB"
 
 
+def test_a_test_folder_goes_before_a_validation_folder(tmp_path):
+    write_folder(tmp_path, ("train", "test"))
+    write_folder(tmp_path, ("val",), count=5)
+    assert len(load_data(str(tmp_path)).test.labels) == 6
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("x.png", np.uint16), ("x.tiff", np.float32)])
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path, name, dtype):
+    root = write_folder(tmp_path, ("train", "test"), count=1)
+    Image.fromarray(np.ones((8, 8), dtype)).save(root / "train" / "cat" / name)
+    with pytest.raises(ValueError, match=r"cat.x\.\w+: the pixels are of PIL's mode '[IF].*', wanted 8 bits a channel"):
+        load_data(str(root)).train.open(1)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK"])
+def test_other_images_become_rgb(tmp_path, mode):
+    root = write_folder(tmp_path, ("train", "test"), count=1)
+    Image.open(io.BytesIO(jpeg(0))).convert(mode).save(root / "train" / "cat" / "x.tiff")
+    image = load_data(str(root)).train.open(1)
+    assert image.mode == "RGB"
+    assert np.asarray(image).std() > 20
+
+
 def test_folder_of_classes_gives_a_fifth_of_every_class_to_the_test(tmp_path):
     data = load_data(str(write_folder(tmp_path, ("",), count=10)))
     assert sorted(data.test.labels) == [0, 0, 1, 1]

@@ -41,8 +41,10 @@ def build_model(
         options.setdefault("img_size", image_size)
     try:
         model: nn.Module = timm.create_model(net, pretrained=pretrained, **options)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"model {net!r} cannot be built: {error}") from error
+    except OSError as error:
+        raise OSError(f"model {net!r}: its weights could not be fetched; --weights takes a file ({error})") from error
+    except (TypeError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
+        raise ValueError(f"model {net!r} cannot be built: {error!r}") from error
     return model
 
 

@@ -35,8 +35,9 @@ class Later(TyperCommand):
 class Commands(TyperGroup):
     """Turns what the user can mend into one line on stderr and exit code 1; Ctrl-C gives 130.
 
-    A RuntimeError is torch's word for most of that: no memory left, a full disk, an input too small for a network. It
-    may be a mistake of ours as well, so its line says how to see the traceback.
+    A RuntimeError is torch's word for most of that: no memory left, a full disk, an input too small for a network; an
+    AssertionError is timm's for an input of a wrong size. Either may be a mistake of ours as well, so its line says how
+    to see the traceback.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -49,7 +50,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors the first two, an OSError the last
             raise
-        except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        except (ValueError, OSError, RuntimeError, AssertionError, MemoryError, SafetensorError) as error:
             if ctx.params["traceback"]:
                 raise
             typer.echo("error: " + _told(error), err=True)
@@ -70,7 +71,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     told = " ".join(str(error).split()) or type(error).__name__
-    return told + " (`trady --traceback ...` shows where)" * isinstance(error, RuntimeError)
+    return told + " (`trady --traceback ...` shows where)" * isinstance(error, RuntimeError | AssertionError)
 
 
 def _show_version(asked: bool) -> None:

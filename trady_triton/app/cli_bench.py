@@ -42,7 +42,9 @@ def bench(
     check_name(model)
     parse_budget(budget)
     where = pick_device(device).type
-    chosen = methods.split(",") if methods else [name for name, method in METHODS.items() if not method.is_costly]
+    chosen = [name for name, method in METHODS.items() if not method.is_costly]
+    if methods:
+        chosen = [name.strip() for name in methods.split(",")]
     unknown = [name for name in chosen if name not in METHODS]
     if unknown:
         raise ValueError(f"--methods {unknown[0]!r}: wanted some of {', '.join(METHODS)}")

@@ -57,6 +57,7 @@ def finetune(
     check_method(method, plan, planning)
     where = pick_device(device)
     pictures = load_data(data)
+    batch_size = min(batch_size, len(pictures.train.labels))  # a larger one would waste the budget, which counts it
     model = network.build(len(pictures.class_names), with_weights=not resume).to(where)
     batches = Batches.for_model(
         pictures,

@@ -15,7 +15,7 @@ from trady_triton.app.cli_base import command, note
 from trady_triton.app.cli_options import Network, OutFile, Planning, PlotFile
 from trady_triton.app.planning import describe, ledgers, rank_on_noise
 from trady_triton.app.tables import ledger_table, plan_summary, plan_table
-from trady_triton.search import EXACT
+from trady_triton.search import EXACT, parse_memory
 
 
 @command
@@ -32,6 +32,8 @@ def plan(
 ) -> None:
     """Show what a memory budget buys: costs, pool, expected draws and savings."""
     planning.check_budget("--memory", memory is not None)
+    if memory is not None:
+        parse_memory(memory)
     model = network.build()
     size = network.size(model)
     ranking = planning.known_ranking(model, size) or rank_on_noise(model, size, seed=network.seed, say=note)

@@ -48,7 +48,7 @@ class Data:
 def load_data(source: str) -> Data:
     """Open a data set: "digits", an .npz file, or a folder.
 
-    A folder holds train/ and test/ (or val/), each with one folder per class; or the class folders themselves, of
+    A folder holds train/ and test/ (or else val/), each with one folder per class; or the class folders themselves, of
     which every class then gives a fifth for the test, always the same.
 
     Raises:
@@ -89,13 +89,12 @@ def _folder(root: Path) -> Data:
     if "train" not in parts:
         found = _image_folder(root)
         return _held_out(_from_files(found), tuple(found.classes))
-    if len(parts) != 2:
-        raise ValueError(f"data {str(root)!r}: beside train/ wanted one of {', '.join(_TEST_FOLDERS)}, "
-                         f"found {', '.join(sorted(parts.keys() - {'train'})) or 'none'}")  # fmt: skip
-    train, test = (_image_folder(path) for path in parts.values())
+    if len(parts) == 1:
+        raise ValueError(f"data {str(root)!r}: beside train/ wanted one of {', '.join(_TEST_FOLDERS)}, found none")
+    train, test = (_image_folder(path) for path in list(parts.values())[:2])
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"data {str(root)!r}: class {odd[0]!r} is in one of {', '.join(parts)} only")
+        raise ValueError(f"data {str(root)!r}: class {odd[0]!r} is in one of {', '.join(list(parts)[:2])} only")
     return Data(_from_files(train), _from_files(test), tuple(train.classes))
 
 
@@ -139,6 +138,8 @@ def _npz(path: Path) -> Data:
 def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would cut them off at 255: all white, or all black
+                raise ValueError(f"{name}: the pixels are of PIL's mode {image.mode!r}, wanted 8 bits a channel")
             decoded: Image.Image = image.convert("RGB")
             return decoded
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r}: {error}") from error
+        raise ValueError(f"--device {name!r}: {shorten(str(error), 200)}") from error
     return device
 
 

@@ -45,6 +45,7 @@ def plan_summary(plan: Plan) -> str:
     size, ranked = len(plan.pool), len(plan.shapes)
     cheapest, least = smallest_budget(plan)
     again = plan.policy.recompute
+    units = "1 unit is" if len(again) == 1 else f"{len(again)} units are"
     whole = sum(shape.in_channels * plan.cost.channel_cost(shape) for shape in plan.shapes.values())
     pieces = f", in {plan.policy.recompute_parts} parts of the batch" if plan.policy.recompute_parts > 1 else ""
     promise = ""
@@ -66,7 +67,7 @@ def plan_summary(plan: Plan) -> str:
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
             f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
             *([f"stored as    {plan.store}, by stochastic rounding"] if plan.store_bits else []),
-            *([f"recomputed   {len(again)} units run again in the backward{pieces}: exact"] if again else []),
+            *([f"recomputed   {units} run again in the backward{pieces}: exact"] if again else []),
         )
     )
 
