@@ -1,5 +1,7 @@
 """accelerate: `prepare`, accumulation, clipping and state."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("accelerate", reason="accelerate is not installed (extra hf)")
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from integrations.twin import hand_written
 from toys import toy_batches, toy_net, toy_plan
@@ -84,6 +87,22 @@ def test_preparing_after_a_draw_keeps_it(accelerator):
     _, wrapped = accelerator().prepare(net, optimizer)
     assert unwrap_optimizer(wrapped) is optimizer
     assert optimizer.epoch == 3
+
+
+def test_a_step_that_overflows_is_left_out_as_by_torch_s_fused_optimizers(accelerator):
+    accelerator()
+    planned, dense = toy_net(torch.float32), toy_net(torch.float32)
+    ours = TraDyOptimizer(apply_plan(planned, toy_plan(planned)).parameters(), lr=0.1)
+    ours.resample(0)
+    x, y = toy_batches(dtype=torch.float32)[0]
+    for net, optimizer in ((planned, ours), (dense, torch.optim.SGD(dense.parameters(), lr=0.1, fused=True))):
+        before = copy.deepcopy(net.state_dict())
+        wrapped = AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu"))
+        wrapped.scaler.scale(F.cross_entropy(net(x), y) * torch.inf).backward()
+        wrapped.step()
+        assert not wrapped.step_was_skipped
+        assert wrapped.scaler.get_scale() == 2.0**15  # halved
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_another_optimizer_is_refused(accelerator):

@@ -1,4 +1,8 @@
-"""accelerate: the optimizer behind the wrapper that `Accelerator.prepare` puts around it."""
+"""accelerate: the optimizer behind the wrapper that `Accelerator.prepare` puts around it.
+
+With fp16 a step whose gradients overflow is left out inside `step()`, as torch's fused optimizers do it. accelerate
+does not see that: `accelerator.optimizer_step_was_skipped` stays False, and its schedulers count the step.
+"""
 
 from __future__ import annotations
 
