@@ -147,10 +147,27 @@ def test_cyclic_draws_every_channel_once_before_any_twice():
 
 def test_weighted_probabilities_by_hand():
     # costs 4 and 16, norms 1: weights 1/2 and 1/4; target 100 - 16: 20 l/2 * 4 + 20 l/4 * 16 = 84
-    pool = pool_of(100, a=layer(20, 4), b=layer(20, 16))
+    pool = pool_of(100, a=layer(20, 4), b=layer(20, 16), c=layer(2, 26))  # more than a quarter of the budget
     chances = strategy("weighted").inclusion(pool, None)
     assert chances["a"] == pytest.approx([0.35] * 20)
     assert chances["b"] == pytest.approx([0.175] * 20)
+    assert chances["c"] == [0.0] * 2
+    # norms over their mean 2 and the floor of 0.1: weights 0.1/2 and 2/4; 20 * 0.05 l * 4 + 20 * 0.5 l * 16 = 84
+    chances = strategy("weighted").inclusion(
+        pool, {"a": torch.zeros(20), "b": torch.full((20,), 0.5), "c": torch.zeros(2)}
+    )
+    assert chances["a"] == pytest.approx([0.05 * 84 / 164] * 20)
+    assert chances["b"] == pytest.approx([0.5 * 84 / 164] * 20)
+    whole = pool_of(64, a=layer(4, 4), b=layer(3, 16))
+    assert draw("weighted", whole) == {"a": (0, 1, 2, 3), "b": (0, 1, 2)}
+
+
+def test_weighted_draws_keep_the_budget_where_cheap_and_dear_layers_alternate():
+    # chances 1/2 and 2 * 1/4: in this order all marks would hit cheap layers, or all of them dear ones
+    pool = pool_of(116, **{f"{i:02}": layer(2, 16) if i % 2 else layer(1, 4) for i in range(20)})
+    assert strategy("weighted").inclusion(pool, None)["01"] == pytest.approx([0.25] * 2)
+    for epoch in range(10):
+        assert sum(len(ids) * pool.costs[name] for name, ids in draw("weighted", pool, epoch).items()) <= 116
 
 
 def test_weighted_draws_each_channel_with_its_probability():
@@ -202,6 +219,8 @@ def test_depths_are_as_even_as_their_mean_allows():
     assert float(p @ torch.tensor([0.0, 10, 20], dtype=torch.float64)) == pytest.approx(5)
     assert float(p[0] / p[1]) == pytest.approx(float(p[1] / p[2]))  # exponential in the cost
     assert depth_probabilities([0, 10, 20], 0).tolist() == pytest.approx([1, 0, 0], abs=1e-9)
+    torch.testing.assert_close(depth_probabilities([0, 10**13, 2 * 10**13], 5e12), p)
+    assert depth_probabilities([0], 0).tolist() == [1]
     with pytest.raises(ValueError, match="shallowest choice takes 5"):
         depth_probabilities([5, 10], 4)
 

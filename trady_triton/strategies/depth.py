@@ -20,16 +20,11 @@ def depth_probabilities(flops: Sequence[int], limit: float) -> Tensor:
     cost = torch.tensor([float(value) for value in flops], dtype=torch.float64)
     if limit < float(cost.min()):
         raise ValueError(f"{limit:g} FLOPs of dX: the shallowest choice takes {float(cost.min()):g}")
-    unit = float(cost.max()) or 1.0
-    low, high = 0.0, 1.0
-    while _mean(cost, high / unit) > limit and high < 1e6:
-        high *= 2
-    if _mean(cost, 0.0) <= limit:
-        high = 0.0
+    low, high = 0.0, 1e6 / (float(cost.max()) or 1.0)  # there all but the shallowest have none
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if _mean(cost, middle / unit) <= limit else (middle, high)
-    return _tilted(cost, high / unit)
+        low, high = (low, middle) if _mean(cost, middle) <= limit else (middle, high)
+    return _tilted(cost, high)
 
 
 def _tilted(cost: Tensor, rate: float) -> Tensor:
