@@ -26,7 +26,7 @@ def draw_next(pool: Pool, epoch: int, scores: Scores | None = None) -> Selection
         if end == len(queue):
             queue = _ordered(pool, cycle, chunk)
             totals = [0, *costs[queue].cumsum(0).tolist()]
-            start = min(_end(totals, room), len(queue) - len(chunk))
+            start = _end(totals, room)
             chunk = torch.cat([chunk, queue[:start]])
             cycle += 1
     return pool.select(pool.units[i] for i in chunk.tolist())

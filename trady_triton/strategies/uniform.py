@@ -45,5 +45,5 @@ def _arrives_in_time(room: int, total: int, squares: int, steps: int = 2000) -> 
     if total <= room:
         return 1.0
     t = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    deviation = (t * (1 - t) * squares).sqrt().clamp(min=1e-9)
+    deviation = (t * (1 - t) * squares).sqrt()
     return float((0.5 * (1 + torch.erf((room - t * total) / deviation / math.sqrt(2)))).mean())
