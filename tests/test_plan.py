@@ -46,10 +46,13 @@ def test_budget_strings_count_bytes_at_the_batch_and_dtypes():
     assert plan.budget == 96 * 1024
     assert plan.cost == CostModel(8, 4, 2, unit="bytes")
     assert 0 < plan.used(plan.sample(0)) <= plan.budget
+    plan = toy_plan(toy_net(), "96KiB", dtype=torch.bfloat16, optimizer="adamw")  # states are float32 all the same
+    assert plan.cost == CostModel(1, 2, 2, unit="bytes", states=2, state_itemsize=4)
 
 
 def test_integer_budgets_count_elements_of_one_sample_whatever_the_batch():
     assert toy_plan(toy_net(), 1200, batch_size=8).cost == CostModel()
+    assert toy_plan(toy_net(), 1200, optimizer="momentum").cost == CostModel(states=1)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,9 @@ def test_a_budget_too_small_says_what_would_do():
     with pytest.raises(ValueError, match=f"smallest workable budget is {least} elements"):
         toy_plan(toy_net(), least - 1)
     assert sum(len(ids) for ids in toy_plan(toy_net(), least).sample(0).values()) == 1
+    stem = plan.cost.channel_cost(plan.shapes["stem"])
+    with pytest.raises(ValueError, match=f"smallest workable budget is {stem} elements, one channel of layer 'stem'"):
+        toy_plan(toy_net(), least, layers=["stem"])
 
 
 def test_layers_that_no_channel_fits_take_no_part():
@@ -97,6 +103,8 @@ def test_layers_that_no_channel_fits_take_no_part():
         {"layers": ["stem", "stem"]},
         {"fill": "most"},
         {"seed": 0.5},
+        {"seed": True},
+        {"optimizer": "lion"},
         {"cost_model": "guess"},
     ],
     ids=str,
@@ -104,6 +112,12 @@ def test_layers_that_no_channel_fits_take_no_part():
 def test_bad_options_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         make_plan(toy_ranking(toy_net()), budget=1200, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"policy": "exact"}, {"dtype": "float32"}, {"activation_dtype": 2}], ids=str)
+def test_options_of_another_type_are_named(wrong):
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        toy_plan(toy_net(), **wrong)
 
 
 def test_options_that_exclude_each_other_are_refused():
@@ -127,11 +141,12 @@ def test_a_bad_epoch_is_refused(epoch):
 
 
 def test_plan_is_frozen_and_survives_its_file(tmp_path):
-    plan = toy_plan(toy_net(), "96KiB", batch_size=8, train_bias=True)
-    plan.save(tmp_path / "plan.json")
-    loaded = Plan.load(tmp_path / "plan.json")
-    assert loaded == plan
-    assert loaded.fingerprint == plan.fingerprint
+    in_bytes = toy_plan(toy_net(), "96KiB", batch_size=8, train_bias=True, policy=Policy(batch_norm="affine"))
+    for plan in (in_bytes, toy_plan(toy_net(), None, sampler="su", layers={"stem": 0.5, "pointwise": 0.25})):
+        plan.save(tmp_path / "plan.json")
+        loaded = Plan.load(tmp_path / "plan.json")
+        assert loaded == plan
+        assert loaded.fingerprint == plan.fingerprint
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.budget = 1
 
@@ -148,7 +163,14 @@ def test_damaged_and_foreign_plan_files_are_refused(tmp_path):
         Plan.load(tmp_path / "ranking.json")
     toy_plan(toy_net()).save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text())
-    for change in ({"cost": None}, {"budget": "x"}, {"budget": -4}, {"pool": ["nowhere"]}, {"surprise": 1}):
+    for change in (
+        {"cost": None},
+        {"budget": 1.5},
+        {"budget": True},
+        {"budget": -4},
+        {"pool": ["nowhere"]},
+        {"surprise": 1},
+    ):
         (tmp_path / "plan.json").write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match="damaged"):
             Plan.load(tmp_path / "plan.json")
@@ -163,17 +185,23 @@ def test_expected_savings_are_the_means_of_the_draws():
     assert savings.weight_saving == pytest.approx(1 - weights / 20 / total)
     assert savings.channels == pytest.approx(sum(len(ids) for draw in draws for ids in draw.values()) / 20)
     assert savings.used == pytest.approx(sum(plan.used(draw) for draw in draws) / 20)
+    assert plan.expected(1).used == plan.used(draws[0])
 
 
 def test_a_sampler_by_name_is_drawn_from_its_own_pool():
     net = toy_net()
-    assert toy_plan(net, coverage=0.5, sampler="s-topk").sample(7) == toy_plan(net, coverage=0.5).sample(0)
+    static, dynamic = toy_plan(net, 100, coverage=0.5, sampler="s-topk"), toy_plan(net, 100, coverage=0.5)
+    assert static.sample(7) == dynamic.sample(0) != dynamic.sample(7)
     everything = toy_plan(net, 10**6, coverage=None, sampler="d-full")
     assert len(everything.pool) == len(everything.shapes) == 5
     whole = toy_plan(net, None, coverage=None, sampler="full")
     assert whole.used(whole.sample(3)) == whole.budget == whole.pool_cost
     assert (whole.train_bias, whole.train_norm) == (True, True)
-    assert toy_plan(net, None, coverage=None, sampler="head").sample(0) == {}
+    head = toy_plan(net, None, coverage=None, sampler="head")
+    assert head.sample(0) == {}
+    assert head.expected().dgrad_flops == 0
+    by_neurons = toy_plan(net, 1200, coverage=None, sampler="velocity")
+    assert by_neurons.used(by_neurons.sample(0)) == by_neurons.sample(0).charged
 
 
 def test_lara_pool_is_the_smallest_that_costs_five_budgets():
@@ -207,12 +235,15 @@ def test_a_scheme_brings_its_own_budget():
         ({"sampler": "su"}, "su_layers"),
         ({"sampler": "su", "layers": {"stem": 0.5, "pointwise": 2.0}}, "su_layers"),
         ({"sampler": "su", "layers": {"stem": 0}}, "su_layers"),
-        ({"sampler": "cyclic", "dgrad_budget": 0.5}, "inclusion probabilities"),
-        ({"sampler": "d-rgn", "correction_cap": 2.0}, "inclusion probabilities"),
+        ({"sampler": "cyclic", "dgrad_budget": 0.5}, "dgrad_budget: the inclusion probabilities"),
+        ({"sampler": "d-rgn", "correction_cap": 2.0}, "correction_cap: the inclusion probabilities"),
         ({"correction_cap": 0.0}, "correction_cap"),
         ({"dgrad_budget": 0}, "dgrad_budget"),
         ({"dgrad_budget": 1.5}, "dgrad_budget"),
+        ({"dgrad_budget": True}, "dgrad_budget"),
+        ({"dgrad_budget": 0.99, "layers": ["stem"]}, "the shallowest layer of the pool takes 1.0000 of full dX"),
         ({"dgrad_budget": 0.5, "train_bias": True}, "biases"),
+        ({"dgrad_budget": 0.5, "train_norm": True}, "norms"),
         ({"dgrad_budget": 0.5, "policy": Policy(batch_norm="affine")}, "norms"),
     ],
     ids=str,
@@ -222,14 +253,30 @@ def test_samplers_refuse_what_they_cannot_do(options, message):
         toy_plan(toy_net(), **{"coverage": None, **options})
 
 
+def test_depths_above_which_the_budget_can_be_spent():
+    """Channels and costs: stem 3 of 216, depthwise 8 of 54, grouped 16 of 63, pointwise 12 of 19, tokens 10 of 18."""
+
+    def depths(budget, share, **options):
+        return list(toy_plan(toy_net(), budget, dgrad_budget=share, **options).depths)
+
+    names = ["stem", "depthwise", "grouped", "pointwise", "tokens"]
+    assert depths(408, 0.6) == names[:4]  # 12 * 19 + 10 * 18
+    assert depths(409, 0.6) == names[:3]
+    assert depths(409, 0.05) == names  # the dX of grouped alone takes more
+    assert depths(10**6, 1.0) == names
+    assert depths(1200, 0.6, layers=["tokens", "grouped"]) == ["grouped", "tokens"]
+    assert depths(1188, 0.6, layers=["tokens", "grouped"]) == ["grouped"]
+    assert depths(300, 1.0, layers=["stem"]) == ["stem"]
+
+
 def test_a_depth_budget_is_kept_on_average_and_reaches_every_layer():
-    plan = toy_plan(toy_net(), 400, dgrad_budget=0.6)
+    plan = toy_plan(toy_net(), 400, dgrad_budget=0.3)
     full = plan.dgrad_flops_above("stem")
     assert sum(plan.depths.values()) == pytest.approx(1)
     mean = sum(p * plan.dgrad_flops_above(name) for name, p in plan.depths.items())
-    assert mean <= 0.6 * full * (1 + 1e-9)
+    assert mean == pytest.approx(0.3 * full)  # an even draw would take 0.47
     savings, epochs = plan.expected(2000), 2000
-    assert savings.dgrad_flops <= 0.6 * full * (1 + 4 / epochs**0.5)
+    assert savings.dgrad_flops <= 0.3 * full * (1 + 4 / epochs**0.5)
     assert savings.dgrad_flops_saving == pytest.approx(1 - savings.dgrad_flops / full)
     counts = dict.fromkeys(plan.pool, 0)
     for epoch in range(epochs):
@@ -253,6 +300,13 @@ def test_the_correction_evens_out_unequal_chances_up_to_its_cap():
             wanted = [min(1.5, mean / chances[name][channel]) for channel in ids]
             assert list(drawn.scale[name]) == pytest.approx(wanted)
     assert toy_plan(toy_net(), sampler="weighted").correction_cap == 4.0
+    assert toy_plan(toy_net(), sampler="weighted", correction_cap=0.5).correction_cap == 0.5
+    whole = toy_plan(toy_net(), 10**6)
+    assert whole.inclusion() == {name: (1.0,) * whole.shapes[name].in_channels for name in whole.pool}
+    with pytest.raises(ValueError, match="sampler 'cyclic': its inclusion probabilities are not known"):
+        toy_plan(toy_net(), sampler="cyclic").inclusion()
+    with pytest.raises(ValueError, match=r"scores: layer .* is missing"):
+        whole.inclusion({})
 
 
 def test_step_flops_are_known_before_training():
@@ -262,6 +316,7 @@ def test_step_flops_are_known_before_training():
     wgrad = sum(len(ids) * plan.shapes[n].channel_wgrad_flops for e in range(10) for n, ids in plan.sample(e).items())
     assert savings.wgrad_flops == pytest.approx(wgrad / 10)
     assert savings.step_flops == savings.forward_flops + savings.dgrad_flops + savings.wgrad_flops
+    assert toy_plan(toy_net(), 20, train_bias=True).expected(1).dgrad_flops == plan.dgrad_flops_above("stem")
 
 
 def test_a_correction_that_cannot_be_had_is_refused_before_training():
@@ -288,7 +343,13 @@ def test_samplers_that_need_scores_say_so_and_from_where(sampler, layers, source
             call()
 
 
-@pytest.mark.parametrize("scores", [{}, {"stem": torch.ones(2)}], ids=["missing", "shape"])
-def test_bad_scores_are_named(scores):
-    with pytest.raises(ValueError, match="scores"):
-        toy_plan(toy_net(), sampler="d-rgn").sample(0, scores)
+def test_bad_scores_are_named():
+    plan, by_neurons = (toy_plan(toy_net(), sampler=sampler) for sampler in ("d-rgn", "velocity"))
+    inputs = {name: torch.ones(shape.in_channels) for name, shape in plan.shapes.items()}
+    outputs = {name: torch.ones(shape.out_channels) for name, shape in plan.shapes.items()}
+    for accepting, scores, others in ((plan, inputs, outputs), (by_neurons, outputs, inputs)):
+        assert accepting.sample(0, scores)
+        with pytest.raises(ValueError, match=r"scores: layer 'stem' is missing"):
+            accepting.sample(0, {name: values for name, values in scores.items() if name != "stem"})
+        with pytest.raises(ValueError, match=r"scores of layer 'tokens': shape \(\d+,\), wanted \(\d+,\)"):
+            accepting.sample(0, others)

@@ -99,6 +99,8 @@ def test_tinytrain_fills_layer_by_layer():
     scores = {"a": [2.0, 4.0], "b": [9.0, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4]}
     assert draw("tinytrain", pool_of(12, a=a, b=b), scores=scores) == {"a": (0, 1), "b": (0,)}
     assert draw("tinytrain", pool_of(4, a=a, b=b), scores=scores) == {"a": (1,)}
+    scores = {"a": [0.3, 0.3], "b": [1.5] * 8}  # s_a = 9.6, s_b = 12
+    assert draw("tinytrain", pool_of(4, a=a, b=b), scores=scores) == {"b": (0,)}
 
 
 def test_velocity_charges_weights_alone_and_ignores_groups():

@@ -14,12 +14,10 @@ def draw_by_fisher(pool: Pool, epoch: int, scores: Scores | None = None) -> Sele
     outputs (here inputs), and a limit on depth (here none). Its meta-training before deployment is left out.
     """
     assert scores is not None
-    heaviest = max(shape.weights for shape in pool.shapes.values())
-    busiest = max(shape.dense_flops for shape in pool.shapes.values())
 
-    def layer_score(name: str) -> float:
+    def layer_score(name: str) -> float:  # the maxima divide all alike
         shape = pool.shapes[name]
-        return float(scores[name].sum()) / (shape.weights / heaviest * shape.dense_flops / busiest)
+        return float(scores[name].sum()) / (shape.weights * shape.dense_flops)
 
     ranks = {name: rank for rank, name in enumerate(sorted(pool.shapes, key=layer_score, reverse=True))}
     inside = pool.by_score(scores, per_cost=False)
