@@ -32,6 +32,7 @@ bench: $(VENV)/.bench
 	OMP_WAIT_POLICY=passive $(BIN)/python -m trady_triton.bench --mode $(MODE)
 
 bench-gpu: $(VENV)/.bench
+	$(BIN)/python -m trady_triton.bench.bench_bars --mode cuda
 	$(BIN)/python -m trady_triton.bench --mode cuda
 
 # The tables of the READMEs from results, and the demo's where `make demo` has run; `make bench` does it as well.

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -37,11 +38,11 @@ WAYS = {
 }
 PAIRS = {"lean": "frozen", "recomputed": "checkpointed"}
 DRAWS, ROUNDS = 2, 3  # each draw takes a step that is not timed first: in training it serves an epoch
-GATE_SIZE = 112  # pixels at most, where gradients are checked in float64
 
 
 def run(mode: str, out: Path = RESULTS, console: Console | None = None, nets: list[Net] | None = None) -> Store:
     """Measure the nets that the store does not hold yet."""
+    torch.backends.cudnn.benchmark = True  # as in the worker of the other benchmarks
     console, budget = console or Console(), settings(mode)["bars"]["budget"]
     store = Store(results_folder(mode, out) / "bars.json", device_of(mode))
     nets = nets or bars_nets_of(mode)
@@ -60,14 +61,12 @@ def run(mode: str, out: Path = RESULTS, console: Console | None = None, nets: li
 
 def measure(net: Net, budget: str) -> Row:
     """Kept bytes, peaks and milliseconds of all ways, each pair's ratio of times; a red gate shows no time."""
-    small = replace(net, image_size=min(net.image_size, GATE_SIZE))
-    model = small.build()
-    gate = Gate(model, Setup(small, small.rank(model), (budget,) * 3))
+    gate = Gate(net, (budget,) * 3)
     for method in WAYS.values():
         verdict = gate.check(method)
         if not verdict.is_green:
             return {"status": "red", "why": f"{method.label}: {verdict.why}"}
-    del gate, model
+    del gate
     model, step = net.build(), step_of(net)
     setup = Setup(net, net.rank(model), (budget,) * 3)
     trainings = {way: method.set_up(copy.deepcopy(model), setup) for way, method in WAYS.items()}

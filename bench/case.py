@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trady_triton import Plan, ledger
+from trady_triton.bench.equal_memory import TIE
 from trady_triton.bench.gate import Gate, Verdict
 from trady_triton.bench.methods import METHODS, Method
 from trady_triton.bench.nets import Net
@@ -25,8 +24,8 @@ from trady_triton.ledger import storage_bytes
 from trady_triton.meters import FlopsByKind, KeptBytes, peak_memory
 from trady_triton.rehearsal import Step, slots_of
 
-EPOCHS = 4  # of the draws, the one that keeps most is counted
-MIN_ROUNDS, SPREAD = 2, 0.03  # no more rounds than these are timed where the ratios lie no further apart
+EPOCHS = 3  # of the draws, the one that keeps most is counted
+MIN_ROUNDS = 2  # no more rounds than these are timed where their ratios lie no further apart than a tie
 
 
 class Bench:
@@ -36,7 +35,7 @@ class Bench:
         self.net, self.budgets = net, budgets
         self.model = net.build()
         self.setup = Setup(net, net.rank(self.model), budgets)
-        self.gate = Gate(self.model, self.setup)
+        self.gate = Gate(net, budgets)
         self.verdicts: dict[str, Verdict] = {}
         self.whole = step_of(net)
         self.weight_bytes = storage_bytes([*self.model.parameters(), *self.model.buffers()])
@@ -56,8 +55,6 @@ class Bench:
             return row | self._measured(method, step, repeats) | {"status": "ok"}
         except Exception as error:
             return row | failure(error)
-        finally:
-            gc.collect()
 
     def _floor(self, step: Step) -> int:
         if step.micro_batch not in self._floors:
@@ -104,7 +101,7 @@ class Bench:
             mine.append(1e3 * seconds(training, step))
             full.append(1e3 * seconds(self._full, self.whole))
             ratios = sorted(a / b for a, b in zip(mine, full, strict=True))
-            if repeat + 1 >= MIN_ROUNDS and ratios[-1] <= (1 + SPREAD) * ratios[0]:
+            if repeat + 1 >= MIN_ROUNDS and ratios[-1] <= (1 + TIE) * ratios[0]:
                 break
         return {"ms": mine, "full_ms": full, "ratio": statistics.median(ratios)}
 
@@ -117,36 +114,56 @@ def failure(error: Exception) -> dict[str, str]:
     return {"status": "failed", "why": f"{type(error).__name__} in {place.name}: {' '.join(str(error).split())[:300]}"}
 
 
-def count(training: Training, step: Step, plain_weight_bytes: int = 0, is_compiled: bool = False) -> dict[str, Any]:
-    """Exact bytes and FLOPs of a step, of the epoch of the first few that keeps most.
+def count(
+    training: Training, step: Step, plain_weight_bytes: int | None = None, is_compiled: bool = False
+) -> dict[str, Any]:
+    """Exact bytes of a step, of the epoch of the first few that keeps most; FLOPs where the batch is whole.
 
-    The peak is all that the method needs beyond the net's own weights and the batch: activations, gradients,
-    optimizer state, adapters, ids of channels. Compiled code is counted by the CUDA allocator, or not at all.
+    The peak is all that the method needs beyond the net's own weights, `plain_weight_bytes`, and the batch:
+    activations, gradients, optimizer state, adapters, ids of channels. Compiled code is counted by the CUDA allocator,
+    or not at all.
     """
-    network: Any = training.network
+    step, device = _beginning(step), step.inputs.device
     epochs = range(EPOCHS) if training.start_epoch else range(1)
     kept_in = [_kept(training, step, epoch, is_compiled) for epoch in epochs]
     epoch = kept_in.index(max(kept_in))
     training.begin(epoch)
-    training.optimizer.zero_grad()
-    with FlopsByKind(training.model) if not is_compiled else nullcontext() as flops:
-        step.backward(training.model)
-    training.optimizer.step()  # from here on the optimizer's state exists
-    state = state_bytes(training)
-    weights = storage_bytes([*network.parameters(), *network.buffers()])
-    draws = storage_bytes(tensor for slot in slots_of(network) for tensor in (slot.channels, slot.proxy))
-    extra = max(0, weights - plain_weight_bytes) + draws if plain_weight_bytes else draws
-    counts = {"epoch": epoch, "kept_bytes": kept_in[epoch], "state_bytes": state, "extra_weight_bytes": extra,
-              "peak_bytes": None}  # fmt: skip
-    if flops is not None:
-        kinds = ("forward_flops", "dgrad_flops", "wgrad_flops")
-        counts |= {kind: getattr(flops, kind) for kind in kinds}
-    if is_compiled and step.inputs.device.type != "cuda":
-        return counts
-    training.optimizer.zero_grad()
-    with peak_memory(step.inputs.device) as peak:
+    counts: dict[str, Any] = {"epoch": epoch, "kept_bytes": kept_in[epoch], "peak_bytes": None}
+    if is_compiled or step.micro_batch is not None:
         training.step(step)
-    return counts | {"peak_bytes": peak.peak_bytes + state + extra}
+    else:
+        counts |= _flops(training, step)
+    state, extra = state_bytes(training), _extra_bytes(training, plain_weight_bytes)  # the state exists by now
+    if not is_compiled or device.type == "cuda":
+        training.optimizer.zero_grad()
+        with peak_memory(device) as peak:
+            training.step(step)
+        counts["peak_bytes"] = peak.peak_bytes + state + extra
+    return counts | {"state_bytes": state, "extra_weight_bytes": extra}
+
+
+def _flops(training: Training, step: Step) -> dict[str, int]:
+    """FLOPs of a step by kind, which it takes."""
+    training.optimizer.zero_grad()
+    with FlopsByKind(training.model) as flops:
+        step.backward(training.model)
+    training.optimizer.step()
+    return {kind: getattr(flops, kind) for kind in ("forward_flops", "dgrad_flops", "wgrad_flops")}
+
+
+def _beginning(step: Step) -> Step:
+    """The step's first two parts: from the second on each finds the gradients of the first, and peaks alike."""
+    inputs, target = step.first(2 * (step.micro_batch or step.size))
+    return replace(step, inputs=inputs, target=target)
+
+
+def _extra_bytes(training: Training, plain_weight_bytes: int | None) -> int:
+    """Bytes of draws, and of weights and buffers beyond the net's own where these are known."""
+    network: Any = training.network
+    draws = storage_bytes(tensor for slot in slots_of(network) for tensor in (slot.channels, slot.proxy))
+    if plain_weight_bytes is None:
+        return draws
+    return draws + max(0, storage_bytes([*network.parameters(), *network.buffers()]) - plain_weight_bytes)
 
 
 def inference_peak(model: nn.Module, step: Step) -> int:

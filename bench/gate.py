@@ -1,24 +1,29 @@
 """The gate before any timing: a method's gradients, and what a step changes, against plain autograd.
 
-Runs on two samples in float64, where everything but an approximation must agree to rounding. Optimizers run in
-float32 (under the net's autocast), and may differ from plain autograd in the same precision by no more than four times
-what that differs from float64. On CUDA all others but compiled code do that as well: kernels do not take float64.
+Runs on two small samples in float64, where everything but an approximation must agree to rounding. Optimizers run in
+float32, and may differ from plain autograd in the same precision by no more than four times what that differs from
+float64. On CUDA all others but compiled code do that as well, as kernels do not take float64; and under the net's
+autocast, where its gradients mean something: see `Gate.precisions`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_triton.bench.methods import Method
+from trady_triton.bench.nets import Net
 from trady_triton.bench.training import Setup, Training, step_of
-from trady_triton.rehearsal import slots_of
+from trady_triton.rehearsal import Step, slots_of
 
 CONTRACTS = {
     "dense": "gradients of all that is trained equal plain autograd's; the rest stays bit for bit",
@@ -31,7 +36,11 @@ CONTRACTS = {
 ROUNDING = 1e-8
 INT8_ERROR = 0.1
 SINGLE_ERROR = 0.1  # at most, however far float32 is from float64
-SAMPLES = 2
+SAMPLES, IMAGE_SIZE = 2, 64  # pixels at most, as whether gradients are right does not depend on them
+
+Precision = tuple[torch.dtype, torch.dtype | None]  # of weights and inputs, and of autocast
+DOUBLE: Precision = (torch.float64, None)
+SINGLE: Precision = (torch.float32, None)
 
 
 @dataclass(frozen=True)
@@ -54,85 +63,101 @@ class Verdict:
 
 
 class Gate:
-    """Checks methods on one net; plain gradients are computed once."""
+    """Checks methods on one net, made for small images; plain gradients are computed once."""
 
-    def __init__(self, model: nn.Module, setup: Setup) -> None:
-        self.model, self.setup = model, replace(setup, net=replace(setup.net, batch=SAMPLES))
-        on_cuda = torch.device(setup.net.device).type == "cuda"
-        self.dtypes = (torch.float64, torch.float32) if on_cuda else (torch.float64,)
-        self._dense: dict[tuple[torch.dtype, frozenset[str]], dict[str, Tensor]] = {}
+    def __init__(self, net: Net, budgets: tuple[str, str, str]) -> None:
+        small, self.model = _small(net)
+        self.setup = Setup(small, small.rank(self.model), budgets)
+        self._dense: dict[tuple[Precision, frozenset[str]], dict[str, Tensor]] = {}
+
+    @cached_property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Those in which gradients are compared.
+
+        Autocast is one of them where plain gradients under it are right to a few percent. In a deep untrained net with
+        BatchNorm they are not: rounding grows from layer to layer, until two right ways have nothing in common.
+        """
+        if torch.device(self.setup.net.device).type != "cuda":
+            return (DOUBLE,)
+        cast = (torch.float32, self.setup.net.autocast)
+        is_sound = cast != SINGLE and 4 * self._rounding(cast, frozenset()) <= SINGLE_ERROR
+        return (DOUBLE, SINGLE, cast) if is_sound else (DOUBLE, SINGLE)
 
     def forget(self) -> None:
         """Free the plain gradients; they are computed again where they are needed."""
         self._dense.clear()
 
     def check(self, method: Method) -> Verdict:
-        """Run the method's contract.
+        """Run the method's contract; convolutions in full precision, and the same at every call.
 
         Raises:
             Exception: whatever the method raises.
         """
-        if method.contract == "adapter":
-            return self._check_adapter(method)
-        dtypes = self.dtypes
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self._check_adapter(method) if method.contract == "adapter" else self._check_gradients(method)
+
+    def _check_gradients(self, method: Method) -> Verdict:
+        precisions = self.precisions
         if method.contract == "optimizer":
-            dtypes = (torch.float32,)
+            precisions = (SINGLE,)
         elif method.is_compiled:  # its own order of sums flips ReLUs in float32; what it computes shows in float64
-            dtypes = (torch.float64,)
-        seen = [self._check_gradients(method, dtype) for dtype in dtypes]
+            precisions = (DOUBLE,)
+        seen = [self._compare(method, precision) for precision in precisions]
         worst = next((verdict for verdict in seen if not verdict.is_green), seen[0])
         if method.contract != "approximate":
             return worst
         if not method.lossless:  # it was checked as it is run
             return replace(worst, working_error=worst.error)
-        return replace(worst, working_error=self._error(method, torch.float64, lossless=False)[0])
+        return replace(worst, working_error=self._error(method, DOUBLE, lossless=False)[0])
 
-    def _check_gradients(self, method: Method, dtype: torch.dtype) -> Verdict:
-        error, why, frozen = self._error(method, dtype, lossless=True)
-        limit = self._limit(method, dtype, frozen)
+    def _compare(self, method: Method, precision: Precision) -> Verdict:
+        error, why, frozen = self._error(method, precision, lossless=True)
+        limit = INT8_ERROR if method.contract == "approximate" and not method.lossless else ROUNDING
+        if precision != DOUBLE:
+            limit += min(4 * self._rounding(precision, frozen) + 1e-5, SINGLE_ERROR)
         if not why and not error <= limit:
-            why = f"gradients err by {error:.2g} in {dtype}, allowed are {limit:.2g}"
+            under = f" under autocast in {precision[1]}" if precision[1] else ""
+            why = f"gradients err by {error:.2g} in {precision[0]}{under}, allowed are {limit:.2g}"
         return Verdict(method.contract, error, limit, None, why)
 
-    def _limit(self, method: Method, dtype: torch.dtype, frozen: frozenset[str]) -> float:
-        exact = INT8_ERROR if method.contract == "approximate" and not method.lossless else ROUNDING
-        if dtype == torch.float64:
-            return exact
-        single, double = self._plain(torch.float32, frozen), self._plain(torch.float64, frozen)
-        return exact + min(4 * _distance(single, double) + 1e-5, SINGLE_ERROR)
+    def _rounding(self, precision: Precision, frozen: frozenset[str]) -> float:
+        """How far plain gradients in a precision are from those in float64."""
+        return _distance(self._plain(precision, frozen), self._plain(DOUBLE, frozen))
 
-    def _error(self, method: Method, dtype: torch.dtype, lossless: bool) -> tuple[float, str, frozenset[str]]:
+    def _error(self, method: Method, precision: Precision, lossless: bool) -> tuple[float, str, frozenset[str]]:
         """(relative error of all gradients together, what else is wrong, BatchNorms in eval mode)."""
-        model = copy.deepcopy(self.model).to(dtype)
+        model = copy.deepcopy(self.model).to(precision[0])
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         training = method.set_up(model, self.setup, lossless)
         network = training.network or model
-        step = step_of(self.setup.net, dtype=dtype)
         training.optimizer.zero_grad()
-        step.backward(training.model)
+        self._step(precision).backward(training.model)
         frozen = frozenset(n for n, m in network.named_modules() if isinstance(m, _BatchNorm) and _is_frozen(m))
-        wanted, found = self._plain(dtype, frozen), found_gradients(training)
+        wanted, found = self._plain(precision, frozen), found_gradients(training)
         wanted = {name: pick(wanted, name, training) for name in found}
         error = _distance(found, wanted) if found else float("inf")
         training.optimizer.step()
         return error, _unlawful_changes(training, before) if found else "nothing has a gradient", frozen
 
-    def _plain(self, dtype: torch.dtype, frozen: frozenset[str]) -> dict[str, Tensor]:
+    def _plain(self, precision: Precision, frozen: frozenset[str]) -> dict[str, Tensor]:
         """Gradients of every parameter in plain PyTorch, with these BatchNorms in eval mode."""
-        if (dtype, frozen) not in self._dense:
-            model = copy.deepcopy(self.model).to(dtype).train().requires_grad_(True)
+        if (precision, frozen) not in self._dense:
+            model = copy.deepcopy(self.model).to(precision[0]).train().requires_grad_(True)
             for name in frozen:
                 model.get_submodule(name).eval()
-            step_of(self.setup.net, dtype=dtype).backward(model)
-            self._dense[dtype, frozen] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return self._dense[dtype, frozen]
+            self._step(precision).backward(model)
+            self._dense[precision, frozen] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return self._dense[precision, frozen]
+
+    def _step(self, precision: Precision) -> Step:
+        return step_of(replace(self.setup.net, autocast=precision[1]), dtype=precision[0])
 
     def _check_adapter(self, method: Method) -> Verdict:
         """Output at the start, the slope of the loss along the gradient, and that the base does not move."""
         torch.manual_seed(0)
         plain = copy.deepcopy(self.model).double()
         training = method.set_up(copy.deepcopy(plain), self.setup)
-        step = step_of(self.setup.net, dtype=torch.float64)
+        step = self._step(DOUBLE)
         state = {name: p.detach().clone() for name, p in training.model.named_parameters()}
         with torch.no_grad():
             start = float((training.model.eval()(step.inputs) - plain.eval()(step.inputs)).abs().max())
@@ -145,6 +170,15 @@ class Gate:
         elif error > 1e-3:
             why = f"the loss moves by {error:.2g} of its change more or less than the gradient says"
         return Verdict(method.contract, max(error, start), 1e-3, None, why)
+
+
+def _small(net: Net) -> tuple[Net, nn.Module]:
+    """The net on few small images; on images of its own size if it takes no others."""
+    few = replace(net, batch=SAMPLES)
+    small = replace(few, image_size=min(net.image_size, IMAGE_SIZE))
+    with contextlib.suppress(Exception):  # such as an assertion that patches of 14 pixels fit
+        return small, small.build()
+    return few, few.build()
 
 
 def found_gradients(training: Training) -> dict[str, Tensor]:
@@ -185,7 +219,7 @@ def _unlawful_changes(training: Training, before: Mapping[str, Tensor]) -> str:
     return "" if changed else "a step changed nothing"
 
 
-def _slope_error(training: Training, step: Any) -> float:
+def _slope_error(training: Training, step: Step) -> float:
     """How far the loss's change along the gradient, by 1e-5, is from what the gradient says; relative."""
     training.optimizer.zero_grad()
     step.backward(training.model)

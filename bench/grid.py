@@ -33,8 +33,7 @@ def pareto_cases(mode: str) -> list[Case]:
 
 def _case(mode: str, net: Net, method: str, micro_batch: int | None = None) -> Case:
     content = settings(mode)
-    repeats = content["nets"][net.name].get("repeats", content["repeats"])
-    return Case(net, method, tuple(content["budgets"]), repeats, micro_batch)
+    return Case(net, method, tuple(content["budgets"]), content["repeats"], micro_batch)
 
 
 def micro_batches(batch: int, count: int) -> list[int]:

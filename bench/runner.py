@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -20,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trady_triton.bench.methods import METHODS
 from trady_triton.bench.nets import Net
 from trady_triton.bench.store import Row, Store
-from trady_triton.bench.worker import MARK
+from trady_triton.bench.worker import LOST, MARK
 
 CASE_LIMIT = 300.0  # seconds, after which a case is given up
+WORKER = [sys.executable, "-m", "trady_triton.bench.worker"]
 OUT_OF_TIME = "the time for the benchmark was up; run it again to go on"
 
 
@@ -99,8 +101,8 @@ class Runner:
     def _run_job(self, job: list[Entry]) -> int:
         """Run cases in one process; returns how many of them now have a row."""
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen([sys.executable, "-m", "trady_triton.bench.worker"], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, stderr=errors, text=True)  # fmt: skip
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(WORKER, stdin=pipe, stdout=pipe, stderr=errors, text=True)
             done = 0
             self._announce(job[0][1])
             for row in self._rows(process, [case for _, case in job]):
@@ -108,7 +110,7 @@ class Runner:
                 done += 1
                 if done < len(job):
                     self._announce(job[done][1])
-            if done < len(job):
+            if done < len(job) and not (done and process.returncode == LOST):
                 out_of_time = time.monotonic() > self.deadline
                 status = "unfinished" if out_of_time else "failed"
                 why = OUT_OF_TIME if out_of_time else _last_words(process.returncode, errors)
@@ -123,8 +125,9 @@ class Runner:
         """The rows as they come. A process that is silent for too long is killed."""
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps([case.inputs for case in cases]))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # its exit code will say why it does not listen
+            process.stdin.write(json.dumps([case.inputs for case in cases]))
+            process.stdin.close()
         alarm = self._alarm(process)
         try:
             for line in process.stdout:

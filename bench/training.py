@@ -86,7 +86,7 @@ class Training:
         optimizer: of everything that is trained.
         trained: names of the parameters that a step may change, for the gate; for a plan, beside the drawn channels.
         plan: of methods that draw channels.
-        start_epoch: draws what an epoch trains; None where nothing is drawn.
+        start_epoch: draws what an epoch trains; None where every epoch trains the same.
         network: the network inside `model`, whose parameters `trained` names.
     """
 
@@ -120,8 +120,7 @@ class Training:
 
 def step_of(net: Net, micro_batch: int | None = None, dtype: torch.dtype = torch.float32) -> Step:
     """A training step on the net's batch."""
-    autocast = net.autocast if dtype == torch.float32 else None
-    return Step(net.inputs(dtype=dtype), net.target(), cross_entropy, autocast, micro_batch)
+    return Step(net.inputs(dtype=dtype), net.target(), cross_entropy, net.autocast, micro_batch)
 
 
 def freeze(model: nn.Module, trained: set[str]) -> Iterator[nn.Parameter]:

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 MARK = "@case "
+LOST = 3  # exit code where a case has left the device unusable for this process
 
 
 def main() -> None:
@@ -38,13 +39,32 @@ def main() -> None:
         except Exception as error:  # the net itself fails
             row = failure(error)
         print(MARK + json.dumps(row), flush=True)
+        if torch.cuda.is_initialized() and not _is_usable():  # type: ignore[no-untyped-call]
+            sys.exit(LOST)
+        _collect()
 
 
 def _preload(packages: set[str | None]) -> None:
-    """Import packages and exempt all that exists from garbage collection, which would search it after every case."""
+    """Import packages before any case runs."""
     for package in packages - {None}:
         with contextlib.suppress(Exception):  # the case that needs it will say why it fails
             importlib.import_module(str(package))
+    _collect()
+
+
+def _is_usable() -> bool:
+    """Whether what a case has started on the GPU ends well: after a wrong access to memory nothing runs any more."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _collect() -> None:
+    """Free what a case has left behind; what outlives it is exempt from then on, as a search of it all takes long."""
     gc.collect()
     gc.freeze()
 

@@ -145,6 +145,12 @@ def test_peak_memory_sees_tensors_made_of_numbers() -> None:
     assert real.live_bytes == real.peak_bytes == fake.peak_bytes == kept.numel() * FLOAT
 
 
+def test_the_peak_of_fake_tensors_on_a_gpu_is_not_its_allocators() -> None:
+    with FakeTensorMode(), peak_memory("cuda") as memory:
+        torch.empty(10)
+    assert memory.peak_bytes == 10 * 4
+
+
 def test_peak_memory_sees_the_backward() -> None:
     weight = torch.randn(1000, requires_grad=True)
     with peak_memory() as memory:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -132,7 +133,8 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
 
     Clear gradients before the block, so that those of an older step neither exist on entry nor hide new ones.
     """
-    meter = CudaPeak(torch.device(device)) if torch.device(device).type == "cuda" else LiveStorages()
+    is_real = torch.device(device).type == "cuda" and detect_fake_mode() is None  # no allocator sees a fake tensor
+    meter = CudaPeak(torch.device(device)) if is_real else LiveStorages()
     with meter:
         yield meter
 

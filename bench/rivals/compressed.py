@@ -33,7 +33,8 @@ class Int8:
 class _Compressed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any, store: Any) -> Tensor:
-        ctx.save_for_backward(weight, *store.compress(x))
+        with torch.autocast(x.device.type, enabled=False):  # there is no QR in half precision
+            ctx.save_for_backward(weight, *store.compress(x))
         ctx.layer, ctx.store, ctx.x_shape = layer, store, x.shape
         return _forward(x, weight, layer)
 

@@ -38,14 +38,14 @@ def last_blocks(model: nn.Module, setup: Setup) -> Training:
     """All weights of the last blocks, on lean layers: the strongest cheap rival."""
     top = set(setup.top(model, setup.last_blocks))
     layers = [layer.name for layer in setup.ranking.layers if layer.name in top]
-    return under(setup.plan("1024GiB", layers=layers), model, setup)
+    return static(setup.plan("1024GiB", layers=layers), model, setup)
 
 
 def su_static(model: nn.Module, setup: Setup) -> Training:
     """Sparse Update's static choice: the channels of the pool with the largest weights, the same in every epoch."""
     plan = setup.plan()
     sizes = {name: _channel_sizes(model.get_submodule(name)) for name in plan.pool}
-    return under(_fixed(plan, sizes), model, setup)
+    return static(_fixed(plan, sizes), model, setup)
 
 
 def paca_static(model: nn.Module, setup: Setup) -> Training:
@@ -53,7 +53,14 @@ def paca_static(model: nn.Module, setup: Setup) -> Training:
     linear = [layer.name for layer in setup.ranking.layers if not layer.shape.kernel_size]
     if not linear:
         raise UnavailableError("PaCA trains Linear layers only, and this network has none beside its head")
-    return under(setup.plan(layers=linear, sampler="paca"), model, setup)
+    return static(setup.plan(layers=linear, sampler="paca"), model, setup)
+
+
+def static(plan: Plan, model: nn.Module, setup: Setup) -> Training:
+    """A plan whose epochs all train the same channels, applied."""
+    training = under(plan, model, setup)
+    training.start_epoch = None
+    return training
 
 
 def under(plan: Plan, model: nn.Module, setup: Setup) -> Training:

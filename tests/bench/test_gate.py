@@ -8,7 +8,7 @@ from torch import nn
 
 from trady_triton.bench import case as cases
 from trady_triton.bench.case import Bench
-from trady_triton.bench.gate import CONTRACTS, Gate
+from trady_triton.bench.gate import CONTRACTS, SINGLE, Gate
 from trady_triton.bench.methods import METHODS, Method
 from trady_triton.bench.nets import Net
 from trady_triton.bench.rivals import partial, planned
@@ -110,8 +110,8 @@ def idle(model: nn.Module, setup: Setup):
     [(planned.trady_lean, "channels", True), (partial.pool_dense, "dense", True), (halved, "dense", False)],
 )
 def test_where_kernels_run_the_gate_runs_in_their_precision_too(bench, monkeypatch, build, contract, is_green) -> None:
-    gate = Gate(bench.model, bench.setup)
-    monkeypatch.setattr(gate, "dtypes", (torch.float32,))
+    gate = Gate(bench.net, bench.budgets)
+    monkeypatch.setattr(gate, "precisions", (SINGLE,))
     verdict = gate.check(Method("single", build, contract, {"budget": "64KiB"}))
     assert verdict.limit > 1e-5
     assert verdict.is_green == is_green, verdict

@@ -1,5 +1,6 @@
 """Cases run once, a killed process costs its case alone, and time that is up leaves the rest for the next run."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from trady_triton.bench import runner as runners
 from trady_triton.bench.nets import Net
 from trady_triton.bench.runner import OUT_OF_TIME, Case, Runner
 from trady_triton.bench.store import Store
+from trady_triton.bench.worker import LOST, MARK
 
 NET = Net("mobilenetv2_w035", batch=2, image_size=32)
 CASES = [Case(NET, method, ("16KiB", "64KiB", "256KiB"), 1) for method in ("head", "trady")]
@@ -53,6 +55,19 @@ def test_a_process_that_is_killed_costs_its_case(tmp_path: Path, monkeypatch: py
     for row in store.rows.values():
         assert row["status"] == "failed"
         assert "signal 9" in row["why"]
+
+
+def test_a_case_that_loses_the_device_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"""print('{MARK}{{"status": "failed", "why": "an illegal memory access"}}'); raise SystemExit({LOST})"""
+    monkeypatch.setattr(runners, "WORKER", [sys.executable, "-c", script])
+    store = run(tmp_path, CASES)
+    assert [row["why"] for row in store.rows.values()] == ["an illegal memory access"] * 2
+
+
+def test_a_worker_that_does_not_start_is_a_row_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "WORKER", [sys.executable, "-c", f"raise SystemExit({LOST})"])
+    store = run(tmp_path, CASES)
+    assert ["ended with code" in row["why"] for row in store.rows.values()] == [True] * 2
 
 
 def test_rows_of_cases_that_left_the_grid_are_forgotten(tmp_path: Path) -> None:
