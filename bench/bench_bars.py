@@ -72,15 +72,17 @@ def measure(net: Net, budget: str) -> Row:
     trainings = {way: method.set_up(copy.deepcopy(model), setup) for way, method in WAYS.items()}
     counts = {way: count(training, step) for way, training in trainings.items()}
     times = timed(trainings, step)
-    ratios = {
-        way: statistics.median(a / b for a, b in zip(times[way], times[rival], strict=True))
-        for way, rival in PAIRS.items()
-    }
     figures: dict[str, Any] = {
         way: {"kept_bytes": counts[way]["kept_bytes"], "peak_bytes": counts[way]["peak_bytes"], "ms": times[way]}
         for way in WAYS
     }
-    return {"status": "ok", "ratios": ratios, **figures}
+    medians = {way: statistics.median(rounds(figures, way)) for way in PAIRS}
+    return {"status": "ok", "ratios": medians, **figures}
+
+
+def rounds(row: Row, way: str) -> list[float]:
+    """Of the times of a way to its rival's, neighbour by neighbour."""
+    return [a / b for a, b in zip(row[way]["ms"], row[PAIRS[way]]["ms"], strict=True)]
 
 
 def timed(trainings: dict[str, Training], step: Step) -> dict[str, list[float]]:
@@ -106,8 +108,9 @@ def bars_table(content: Row) -> str:
         if row["status"] != "ok":
             lines.append((name, f"{row['status']}: {row['why']}", *["-"] * 5))
             continue
-        ratios = [f"{row['ratios'][way]:.2f}" for way in PAIRS]
-        lines.append((name, *ratios, *(mib(row[way]["kept_bytes"]) for way in WAYS)))
+        ranges = [(min(rounds(row, way)), max(rounds(row, way))) for way in PAIRS]
+        times = [f"{row['ratios'][way]:.2f} ({a:.2f} to {b:.2f})" for way, (a, b) in zip(PAIRS, ranges, strict=True)]
+        lines.append((name, *times, *(mib(row[way]["kept_bytes"]) for way in WAYS)))
     return markdown(columns, lines)
 
 

@@ -58,7 +58,7 @@ def run(mode: str, minutes: float, out: Path = RESULTS, console: Console | None 
         homes = dict.fromkeys(cases[part], store) | homes
     entries = [(store, case) for case, store in homes.items() if not _is_left_out(mode, case, store)]
     with Runner(console or Console(), minutes, "benchmarks") as runner:
-        runner.run(sorted(entries, key=lambda entry: _turn(entry[1])))
+        runner.run(sorted(entries, key=lambda entry: _turn(mode, entry[1])))
     for part, store in stores.items():
         store.copy({case.name: homes[case] for case in cases[part] if homes[case] is not store})
     return stores
@@ -72,8 +72,8 @@ def _is_left_out(mode: str, case: Case, store: Store) -> bool:
     return True
 
 
-def _turn(case: Case) -> tuple[bool, int]:
-    """Whole steps of the methods that matter most, then their micro-batches; the same of the others; compiled code."""
-    method = METHODS[case.method]
-    is_key = method.is_key if case.micro_batch is None else case.method in DECIDING
-    return method.is_costly, 2 * (not is_key) + (case.micro_batch is not None)
+def _turn(mode: str, case: Case) -> tuple[bool, bool, bool, bool]:
+    """The methods that matter most, first on the nets of the equal-memory view; then the others; then compiled code."""
+    method, is_part = METHODS[case.method], case.micro_batch is not None
+    is_key = case.method in DECIDING if is_part else method.is_key
+    return method.is_costly, not is_key, case.net.name not in settings(mode)["pareto"], is_part

@@ -68,17 +68,23 @@ def layers() -> list[Layer]:
 def work(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int = 0) -> Work:
     """Inputs of a layer on a device, and its weight gradients."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
     channels = drawn_channels(layer, generator)
+    x = noise(layer, batch, layer.in_channels, layer.size, generator, dtype)
+    dy = noise(layer, batch, layer.out_channels, layer.out_size, generator, dtype)
     if layer.kind == "linear":
-        tokens = batch * layer.size**2
-        return _linear(layer, noise(tokens, layer.in_channels), noise(tokens, layer.out_channels), channels)
-    x = noise(batch, layer.in_channels, layer.size, layer.size)
-    dy = noise(batch, layer.out_channels, layer.out_size, layer.out_size)
+        return _linear(layer, x, dy, channels)
     return _product(layer, x, dy, channels) if layer.is_product else _conv(layer, x, dy, channels)
+
+
+def noise(layer: Layer, batch: int, channels: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """An input or output of the layer, [N * size^2, channels] or [N, channels, size, size], on the generator's device.
+
+    On a GPU images are channels_last, as the nets there are.
+    """
+    if layer.kind == "linear":
+        return torch.randn(batch * size**2, channels, generator=generator, device=generator.device).to(dtype)
+    images = torch.randn(batch, channels, size, size, generator=generator, device=generator.device).to(dtype)
+    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
 
 def drawn_channels(layer: Layer, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trady_triton.bench.layers import Layer, Work, drawn_channels
+from trady_triton.bench.layers import Layer, Work, drawn_channels, noise
 from trady_triton.ops import act_pack, scatter_update_, sgd_hyper, store_channels
 from trady_triton.ops.act_pack import pack_bytes
 from trady_triton.ops.scatter_update import update_bytes
@@ -83,8 +83,5 @@ MOVERS: dict[str, Callable[..., Work]] = {"store": store, "activation": activati
 
 def _input(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
-    shape: tuple[int, ...] = (batch, layer.in_channels, layer.size, layer.size)
-    if layer.kind == "linear":
-        shape = (batch * layer.size**2, layer.in_channels)
-    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    x = noise(layer, batch, layer.in_channels, layer.size, generator, dtype)
     return x, drawn_channels(layer, generator)

@@ -26,7 +26,7 @@ def plot_pareto(rows: Sequence[Row], path: Path) -> None:
     first = measured[0]
     axes.set(xscale="log", yscale="log", xlabel="peak beyond weights and batch, MiB",
              ylabel="time of a step / full fine-tuning", title=f"{first['net']}, batch {first['batch']}, "
-             f"{first['image_size']} px, {first['device']}: micro-batches of 1 to the batch")  # fmt: skip
+             f"{first['image_size']} px, {first['device']}: micro-batches down from the batch")  # fmt: skip
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,22 +15,23 @@ from trady_triton.bench.methods import in_order
 from trady_triton.bench.plots import plot_pareto
 from trady_triton.bench.readme import fill
 from trady_triton.bench.store import KIND
-from trady_triton.bench.tables import STEP_COLUMNS, Row, markdown, origin, step_cells, why_not
+from trady_triton.bench.tables import STEP_COLUMNS, Row, markdown, origin, spread, step_cells, why_not
 from trady_triton.serial import read_json, write_json
 
 FILES = "README.md,trady_triton/nn/README.md"
-HOW_TO_READ = """Memory is beyond the net's own weights and the batch: B_mem is the budget of the plan (compact stores \
-and compact gradients of drawn channels); kept is what lives between forward and backward; peak is the most that lives \
-at once, gradients, optimizer state, adapters and channel ids included; inference is the peak of a forward without \
-gradients, which no training step undercuts. "Predicted" stands after what it predicts, and was computed on fake \
-tensors. Time is the median of a step's ratios to a step of full fine-tuning, both run in turn in one process. The \
-last column is the gate: the relative error of the gradients of all that is trained, against plain PyTorch in float64 \
-(optimizers: float32); a method that fails it shows no speed."""
+HOW_TO_READ = f"""Memory is beyond the net's own weights and the batch: B_mem is the budget of the plan (compact \
+stores and compact gradients of drawn channels); kept is what lives between forward and backward; peak is the most \
+that lives at once, gradients, optimizer state, adapters and channel ids included; inference is the peak of a forward \
+without gradients, which no training step undercuts. "Predicted" stands after what it predicts, and was computed on \
+fake tensors; on CUDA measured peaks are the allocator's. Time is the median of a step's ratios to a step of full \
+fine-tuning, both run in turn in one process, in two rounds or, where these are more than {TIE:.0%} apart, in more. \
+The last column is the gate: the relative error of the gradients of all that is trained, against plain PyTorch in \
+float64 (optimizers: float32); a method that fails it shows no speed."""
 ON_BARS = f"""The rival trains the layers that TraDy's epoch has drawn, whole, in plain PyTorch, with all else frozen \
 and BatchNorm in eval mode: once as it is, beside lean layers where nothing is recomputed; once under timm's \
 checkpointing, beside the blocks that `choose_recompute` picks. All ways take steps in turn, {ROUNDS} in each of \
-{DRAWS} draws, after one that is not timed; the median of the ratios of neighbours counts."""
-ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from 1 to the batch; times are ratios to full \
+{DRAWS} draws, after one that is not timed; the median of the ratios of neighbours counts; their range follows it."""
+ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from the batch down; times are ratios to full \
 fine-tuning of the whole batch. The table takes every peak between the smallest in which TraDy works and twice \
 that, wherever an answer changes, and shows the fastest way within it: TraDy, the same pool of layers trained \
 dense (with or without timm checkpointing), the last two blocks. Differences below {TIE:.0%} count as a tie. \
@@ -58,7 +59,7 @@ def _heading(content: dict[str, Any]) -> str:
 
 
 def _steps(content: dict[str, Any], folder: Path) -> str:
-    lines = ["## Training steps", "", HOW_TO_READ]
+    lines = ["## Training steps", "", f"{HOW_TO_READ} {spread(content['cases'].values())}"]
     for net, rows in _by_net(content).items():
         lines += ["", f"### {net}{_sizes(rows[0])}", "",
                   markdown(STEP_COLUMNS, [step_cells(row) for row in rows if row["status"] == "ok"])]  # fmt: skip
@@ -73,7 +74,8 @@ def _bars(content: dict[str, Any], folder: Path) -> str:
 def _pareto(content: dict[str, Any], folder: Path) -> str:
     nets = _by_net(content)
     rows = [row for group in nets.values() for row in group]
-    lines = ["## Equal memory", "", ON_EQUAL_MEMORY, "", verdict_table(rows), "", *_conclusions(nets)]
+    reading = f"{ON_EQUAL_MEMORY} {spread(rows)}"
+    lines = ["## Equal memory", "", reading, "", verdict_table(rows), "", *_conclusions(nets)]
     for net, group in nets.items():
         if points(group):
             plot_pareto(group, folder / f"pareto-{net}.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -74,6 +75,16 @@ def step_table(rows: Sequence[Row]) -> Table:
         if row["status"] == "ok":
             table.add_row(*step_cells(row))
     return table
+
+
+def spread(rows: Iterable[Row]) -> str:
+    """How far apart the rounds of a row are, in words."""
+    rounds = [[a / b for a, b in zip(row["ms"], row["full_ms"], strict=True)] for row in rows if row["status"] == "ok"]
+    apart = sorted(max(ratios) / min(ratios) - 1 for ratios in rounds if len(ratios) > 1)
+    if not apart:
+        return "Every time was taken once."
+    return (f"The two or more rounds of a row lie {statistics.median(apart):.0%} apart in the middle row, "
+            f"{apart[-1]:.0%} in the widest of {len(apart)}.")  # fmt: skip
 
 
 def origin(content: Row) -> str:

@@ -10,7 +10,7 @@ from trady_triton.bench.equal_memory import front, verdict_table, verdicts
 from trady_triton.bench.readme import TABLES, filled, sources
 from trady_triton.bench.report import FILES, report, write
 from trady_triton.bench.store import Store
-from trady_triton.bench.tables import step_cells
+from trady_triton.bench.tables import spread, step_cells
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,7 +21,8 @@ def row(method: str, peak_mib: float | None, ratio: float, micro_batch: int = 4,
         "net": "net", "batch": 8, "image_size": 32, "device": "cpu", "autocast": None, "method": method,
         "label": f"label of {method}", "micro_batch": micro_batch, "status": "ok", "gate": gate, "kept_bytes": 1 << 20,
         "peak_bytes": None if peak_mib is None else int(peak_mib * 2**20), "inference_bytes": 1 << 19, "ratio": ratio,
-        "forward_flops": 2 * 10**9, "dgrad_flops": 10**9, "wgrad_flops": 10**6, **more,
+        "forward_flops": 2 * 10**9, "dgrad_flops": 10**9, "wgrad_flops": 10**6, "ms": [ratio, 1.04 * ratio],
+        "full_ms": [1.0, 1.0], **more,
     }  # fmt: skip
 
 
@@ -96,6 +97,14 @@ def test_a_report_changes_with_its_numbers(folder: Path) -> None:
     (folder / "step.json").write_text(json.dumps(content))
     assert "0.78" in report(folder)
     assert "0.78" not in before
+
+
+def test_how_far_rounds_lie_apart_is_told() -> None:
+    wide = {"ms": [1.0, 2.0, 3.0], "full_ms": [1.0, 1.0, 2.0]}
+    assert spread([*ROWS, row("head", 5, 1.0, **wide)]) == (
+        "The two or more rounds of a row lie 4% apart in the middle row, 100% in the widest of 8."
+    )
+    assert spread([row("head", 5, 1.0, ms=[1.0], full_ms=[1.0])]) == "Every time was taken once."
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
