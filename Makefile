@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 
 # The kernels on a device instead of in the interpreter.
 test-gpu: $(VENV)/.dev
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/ops
 
 # The same suite with the oldest torch and triton that are supported.
 test-compat: $(OLDEST)/.dev

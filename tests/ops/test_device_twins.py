@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.ops.numerics import relative_error
+from trady_triton.ops import grouped_wgrad, planes_wgrad, token_wgrad
 from trady_triton.ops.act_pack import act_pack, act_unpack
 from trady_triton.ops.act_store import act_store, channel_slots
 from trady_triton.ops.dequantize import dequantize_channels
@@ -82,3 +84,65 @@ def test_update_rounded_stochastically(algorithm, generator):
     assert (w != w_twin).float().mean() < 1e-3
     torch.testing.assert_close(m, m_twin)
     torch.testing.assert_close(v, v_twin)
+
+
+def shifted(x):
+    """The same numbers in memory that starts one element past what 16 bytes divide."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+def weight_gradients(x, dy, channels):
+    """Of a 1x1, a 3x3 and a depthwise convolution; dy [N, C, H, W] serves all, also where it is one value an image."""
+    x, geometry = shifted(x), ((3, 3), (1, 1), (1, 1), (1, 1))
+    tokens, planes = (store_channels(x, channels, layout) for layout in ("pixels", "planes"))
+    found = []
+    for gradient in (shifted(dy), dy[..., :1, :1].expand_as(dy), dy[:, :, :1].expand_as(dy)):
+        found.append(token_wgrad(tokens, gradient, 1))
+        found.append(planes_wgrad(planes, gradient, *geometry))
+        found.append(grouped_wgrad(planes, gradient, channels, (1, 1), *geometry))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 72, 7, 7), (5, 72, 1, 1), (2, 72, 1, 9), (3, 72, 5, 7)], ids=str)
+@pytest.mark.parametrize("K", [1, 5])
+def test_weight_gradients_at_the_edges_of_sizes_and_addresses(K, shape, dtype, generator):
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    channels = CHANNELS[:K] if shape[1] > 1 else torch.zeros(1, dtype=torch.int32)
+    for ours, twin in zip(*on_both(weight_gradients, x, dy, channels), strict=True):
+        assert relative_error(ours, twin.double()) <= 1e-5
+
+
+def test_many_channels_by_the_library(generator):
+    """More than 256 channels: cuBLAS takes the half-precision operands and returns fp32."""
+    for shape, channel_dim in (((300, 40), -1), ((6, 40, 7, 7), 1), ((6, 40, 2, 2), 1)):
+        dy = torch.randn(shape, generator=generator).bfloat16()
+        store = torch.randn(400, dy.numel() // 40, generator=generator).bfloat16()
+        (ours,), (twin,) = on_both(token_wgrad, store, dy, channel_dim)
+        assert relative_error(ours, twin.double()) <= 1e-5
+
+
+@pytest.fixture
+def much_memory():
+    if torch.cuda.get_device_properties(0).total_memory < 30 << 30:
+        pytest.skip("needs 30 GiB")
+    yield
+    torch.cuda.empty_cache()
+
+
+def test_offsets_beyond_32_bits(much_memory):
+    T, C, channels = (1 << 21) + 5, 1032, torch.tensor([3, 700, 1031], device="cuda")
+    x = torch.randn(T, C, device="cuda", dtype=torch.bfloat16)
+    picked = x[:, channels].contiguous()
+    store = store_channels(x, channels, "tokens")
+    assert torch.equal(store, picked.t())
+    everything = torch.arange(3, device="cuda")
+    for ours, few in zip(
+        quantize_channels(x, channels, "tokens", 8), quantize_channels(picked, everything, "tokens", 8), strict=True
+    ):
+        assert torch.equal(ours, few)
+    assert relative_error(token_wgrad(store, x), torch.mm(store, x, torch.float32).double()) <= 1e-3
+    y, code = act_pack(x, "relu", 1)
+    assert torch.equal(y, x.relu())
+    del y
+    assert torch.equal(act_unpack(x, code, "relu", 1, x.stride()), x.relu())

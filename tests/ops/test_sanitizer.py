@@ -1,47 +1,33 @@
 """On a device: compute-sanitizer finds no access outside a tensor and no race in any kernel of a training step."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from trady_triton import ops
+
 pytestmark = pytest.mark.gpu
 
-STEP = """
-import torch
-import torch.nn.functional as F
-from torch import nn
-from trady_triton import TraDyOptimizer, apply_plan, make_plan, rank_layers, remove_plan
-
-torch.manual_seed(0)
-net = nn.Sequential(
-    nn.Conv2d(3, 24, 3, 2, 1), nn.ReLU6(), nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.Hardswish(),
-    nn.Conv2d(24, 40, 1), nn.ReLU(), nn.Conv2d(40, 48, 3, 2, 1, groups=4), nn.Flatten(2), nn.Linear(49, 33), nn.GELU(),
-    nn.Flatten(), nn.Linear(48 * 33, 10),
-).cuda()
-x, y = torch.randn(4, 3, 28, 28, device="cuda"), torch.arange(4, device="cuda")
-ranking = rank_layers(net, [(x, y)], F.cross_entropy, head=["11"])
-for store in ("same", "int8", "int4"):
-    plan = make_plan(ranking, budget="1MiB", coverage=1.0, batch_size=4, store=store)
-    apply_plan(net, plan)
-    optimizer = TraDyOptimizer(net.parameters(), plan)
-    optimizer.resample(0)
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = F.cross_entropy(net(x), y)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    remove_plan(net)
-torch.cuda.synchronize()
-"""
+ROOT = Path(__file__).parents[2]
+SOURCES = "".join(file.read_text() for file in Path(ops.__file__).parent.glob("*.py"))
+KERNELS = re.findall(r"^def (_\w+_kernel)\(", SOURCES, re.MULTILINE)
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_a_step_is_clean(tool, tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(STEP)
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_a_step_is_clean(tool):
+    """Of our kernels alone: libraries are not clean, and triton asks the driver what it answers by an error."""
+    command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "tests.ops.device_net"]
+    # each tensor an allocation of its own: in those of the caching allocator an access past the end goes unnoticed
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRADY_TRITON_BACKEND": "auto"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report[-4000:]
+    assert "ERROR SUMMARY" in report or "RACECHECK SUMMARY" in report, report[-4000:]
+    found = [line for line in report.splitlines() if any(kernel in line for kernel in KERNELS)]
+    assert not found, "\n".join(found[:40])
