@@ -42,12 +42,17 @@ def _load_x(x_ptr, row, keep_row, t, T, UP: tl.constexpr, MASKED: tl.constexpr):
 
 
 @jit
-def _dequantize(codes, scale_ptr, zero_ptr, j, keep_row, g, n_groups, like):
-    # tokens past T become the zero point, a finite number that meets a gradient of 0
-    at = j.to(tl.int64) * n_groups + g
+def _load_range(scale_ptr, zero_ptr, j, keep_row, g, n_groups, WIDE: tl.constexpr):  # [BM, 1] each
+    at = (j.to(tl.int64) if WIDE else j) * n_groups + g
     scale = tl.load(scale_ptr + at, mask=keep_row, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + at, mask=keep_row, other=0.0).to(tl.float32)
-    return (codes.to(tl.float32) * scale[:, None] + zero[:, None]).to(like.dtype)
+    return scale[:, None], zero[:, None]
+
+
+@jit
+def _dequantize(codes, scale, zero, like):
+    # tokens past T become the zero point, a finite number that meets a gradient of 0
+    return (codes.to(tl.float32) * scale + zero).to(like.dtype)
 
 
 @jit
@@ -71,13 +76,15 @@ def _accumulate(
         x = _load_x(x_ptr, row, j < K, t0 + i, T, UP, MASKED)
     elif BITS == 8:
         codes = _load_x(x_ptr, row, j < K, t0 + i, T, False, MASKED)
-        x = _dequantize(codes, scale_ptr, zero_ptr, j, j < K, t0 // G, n_groups, dy)
+        scale, zero = _load_range(scale_ptr, zero_ptr, j, j < K, t0 // G, n_groups, WIDE)
+        x = _dequantize(codes, scale, zero, dy)
     else:  # BK = G: byte i of a group holds its tokens i (low) and G/2 + i
         codes = _load_x(x_ptr, row, j < K, t0 // 2 + i, T, False, False)
-        high = _dequantize(codes >> 4, scale_ptr, zero_ptr, j, j < K, t0 // G, n_groups, dy)
+        scale, zero = _load_range(scale_ptr, zero_ptr, j, j < K, t0 // G, n_groups, WIDE)
+        high = _dequantize(codes >> 4, scale, zero, dy)
         dy_high = load_tokens(dy_ptr, t0 + BK // 2 + i, c, T, O, image, pixel, PQ, CHANNEL, WIDE, MASKED)
         acc = _product(high, dy_high, acc, j == K, ONES, PREC, UP)
-        x = _dequantize(codes & 15, scale_ptr, zero_ptr, j, j < K, t0 // G, n_groups, dy)
+        x = _dequantize(codes & 15, scale, zero, dy)
     return _product(x, dy, acc, j == K, ONES, PREC, UP)
 
 
@@ -150,8 +157,11 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     narrow = BM == 256 or (planes and (BM == 16 or bits == 4 or shape["PQ"] % 4 != 0))
     BN = min(max(next_power_of_2(shape["O"]), 32), 64 if narrow else 128)
     BK = GROUP if bits == 4 else 32 if dtype == torch.float32 else 64
-    stages = 2 if arch.hip else 3 if BM >= 128 or bits == 4 or dtype == torch.float32 else 4
-    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=8 if BM * BN >= 16384 else 4, num_stages=stages)
+    few = BM >= 128 or bits == 4 or dtype == torch.float32 or (planes and BM == 32)
+    stages = 2 if arch.hip else 3 if few else 4
+    # planes whose rows may start anywhere take an address for each element
+    warps = 8 if BM * BN >= (8192 if planes and shape["PQ"] % 4 != 0 else 16384) else 4
+    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=warps, num_stages=stages)
 
 
 @rule("token_wgrad")
