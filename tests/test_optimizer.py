@@ -350,7 +350,7 @@ def test_frozen_weights_that_a_loop_left_out_join_the_group_of_the_largest_decay
     trained = [item for item in twin.named_parameters() if item[1].requires_grad]
     assert {name for name, _ in trained} == {"head.weight", "head.bias"}
     groups = [
-        {"params": [item if named else item[1]], "weight_decay": decay}
+        {"params": [item] if named else item[1], "weight_decay": decay}
         for item, decay in zip(reversed(trained), (0.0, 0.1), strict=True)
     ]
     optimizer = TraDyOptimizer(groups, lr=0.1)
@@ -366,7 +366,7 @@ def test_frozen_weights_that_a_loop_left_out_join_the_group_of_the_largest_decay
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in twin.state_dict().items())
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"weight_decay": -0.1}], ids=str)
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"lr": True}, {"weight_decay": -0.1}], ids=str)
 def test_numbers_out_of_range_are_named(wrong):
     net = toy_net()
     plan = toy_plan(net)

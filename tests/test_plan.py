@@ -24,11 +24,15 @@ def test_pool_is_the_shortest_prefix_that_holds_the_coverage():
     assert make_plan(ranking, budget=10, coverage=0.5).pool == ("b",)
     assert make_plan(ranking, budget=10, coverage=0.51).pool == ("b", "c")
     assert make_plan(ranking, budget=10, coverage=1.0).pool == ("b", "c", "a", "d")
+    assert make_plan(ranking, budget=10, coverage=0.5, sampler="d-full").pool == ("b",)
+    assert make_plan(ranking_of({"a": 97.5, "b": 2.5}), budget=10).pool == ("a", "b")
+    assert make_plan(ranking_of({"a": 97.7, "b": 2.3}), budget=10).pool == ("a",)
 
 
 def test_pool_by_number_and_by_name():
     ranking = ranking_of({"a": 1, "b": 5, "c": 3, "d": 1})
     assert make_plan(ranking, budget=10, k=2).pool == ("b", "c")
+    assert make_plan(ranking, budget=10, k=4).pool == ("b", "c", "a", "d")
     assert make_plan(ranking, budget=10, layers=["d", "a"]).pool == ("d", "a")
 
 
@@ -97,6 +101,7 @@ def test_layers_that_no_channel_fits_take_no_part():
         {"coverage": 1.1},
         {"k": 0},
         {"k": 6},
+        {"k": 1.5},
         {"k": True},
         {"layers": ["stme"]},
         {"layers": []},
@@ -183,6 +188,10 @@ def test_expected_savings_are_the_means_of_the_draws():
     weights = sum(len(ids) * plan.shapes[n].channel_weights for draw in draws for n, ids in draw.items())
     total = sum(shape.weights for shape in plan.shapes.values())
     assert savings.weight_saving == pytest.approx(1 - weights / 20 / total)
+    inputs = sum(len(ids) * plan.shapes[n].in_positions for draw in draws for n, ids in draw.items())
+    total = sum(shape.inputs for shape in plan.shapes.values())
+    assert savings.activation_saving == pytest.approx(1 - inputs / 20 / total)
+    assert savings.wgrad_flops_saving == pytest.approx(1 - savings.wgrad_flops / savings.forward_flops)
     assert savings.channels == pytest.approx(sum(len(ids) for draw in draws for ids in draw.values()) / 20)
     assert savings.used == pytest.approx(sum(plan.used(draw) for draw in draws) / 20)
     assert plan.expected(1).used == plan.used(draws[0])
@@ -207,10 +216,17 @@ def test_a_sampler_by_name_is_drawn_from_its_own_pool():
 def test_lara_pool_is_the_smallest_that_costs_five_budgets():
     ranking = ranking_of({"a": 1, "b": 5, "c": 3, "d": 1})  # of 10 each
     assert make_plan(ranking, budget=10, sampler="medyate").pool == ("b", "c", "a", "d")
+    assert make_plan(ranking, budget=10, sampler="medyate", coverage=0.5).pool == ("b",)
+    assert len(make_plan(ranking_of(dict.fromkeys("abcdef", 1.0)), budget=10, sampler="medyate").pool) == 5
     cheap = Ranking(tuple(LayerNorms(n, LayerShape(2, 1, 9, 9, 9, kernel_size=(1, 1)), (3.0, 4.0 + i))
                           for i, n in enumerate("abcd")), (), 1)  # fmt: skip
     assert cheap.layers[0].lara(CostModel()) == pytest.approx(5 / 20)
     assert make_plan(cheap, budget=10, sampler="medyate").pool == ("d", "c", "b")  # 10 / 60 <= 0.2 < 10 / 40
+    narrow = LayerNorms("narrow", LayerShape(1, 1, 9, 9, 9, kernel_size=(1, 1)), (3.0,))  # RGN and LaRa 3 / 10
+    wide = LayerNorms("wide", LayerShape(4, 1, 9, 9, 9, kernel_size=(1, 1)), (1.0,) * 4)  # RGN 4 / 10, LaRa 2 / 40
+    mixed = Ranking((wide, narrow), (), 1)
+    assert make_plan(mixed, budget=10, coverage=1.0).pool == ("wide", "narrow")
+    assert make_plan(mixed, budget=10, sampler="medyate").pool == ("narrow", "wide")
 
 
 def test_a_scheme_brings_its_own_budget():

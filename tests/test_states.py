@@ -204,6 +204,7 @@ def test_the_ledger_counts_the_state_and_no_draw_exceeds_its_budget(kind, option
         ({"momentum": -0.1}, "momentum -0.1"),
         ({"nesterov": True}, "nesterov: wanted a momentum"),
         ({"algorithm": "adamw", "momentum": 0.9}, "AdamW has betas"),
+        ({"algorithm": "adamw", "nesterov": True}, "AdamW has betas"),
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, "betas"),
         ({"algorithm": "adamw", "betas": (0.9, 0.9, 0.9)}, "betas"),
         ({"betas": (0.8, 0.9)}, "are of AdamW"),
