@@ -44,9 +44,15 @@ def dense_gradients(dense, plan, batches):
 def test_seen_norms_are_the_root_mean_square_of_the_steps():
     net, dense, optimizer = planned("medyate")
     drawn = optimizer.resample(0)
-    train(net, optimizer, steps=1)
-    norms = {name: channel_norms(grad, groups_of(dense.get_submodule(name)))
-             for name, grad in dense_gradients(dense, optimizer.plan, toy_batches(1)).items()}  # fmt: skip
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(net, optimizer, steps=2)
+    squares = [
+        {name: channel_norms(grad, groups_of(dense.get_submodule(name))).square()
+         for name, grad in dense_gradients(dense, optimizer.plan, [batch]).items()}
+        for batch in toy_batches(2)
+    ]  # fmt: skip
+    norms = {name: ((squares[0][name] + squares[1][name]) / 2).sqrt() for name in squares[0]}
+    assert optimizer.resample(0) == drawn  # what was seen since is for the next draw
     optimizer.resample(1)
     kept = optimizer._scores.kept
     best = max(float(kept[name].max()) for name in kept)
@@ -68,6 +74,22 @@ def test_norms_of_channels_that_are_not_drawn_stay():
     for name, values in optimizer._scores.kept.items():
         changed = set(torch.nonzero(values != before[name]).flatten().tolist())
         assert changed == set(second[name]), name
+    kept = optimizer._scores.kept
+    optimizer.resample(3)
+    assert optimizer._scores.kept is kept  # nothing was seen since
+
+
+def test_norms_of_half_precision_gradients_do_not_overflow():
+    net, _, optimizer = planned("medyate")
+    net.half()
+    drawn = optimizer.resample(0)
+    for name in drawn:
+        slot = net.get_submodule(name).slot
+        slot.proxy.grad = torch.full_like(slot.proxy, 300.0)
+    optimizer._scores.see(optimizer._all_slots())
+    optimizer.zero_grad()
+    optimizer.resample(1)
+    assert all(optimizer._scores.kept[name].isfinite().all() for name in drawn)
 
 
 @pytest.mark.parametrize("sampler", ["medyate", "weighted"])
@@ -113,6 +135,9 @@ def test_an_oracle_needs_its_scores():
     with pytest.raises(ValueError, match="gradient_scores"):
         optimizer.resample(0)
     assert optimizer.epoch is None
+    optimizer.resample(0, {name: torch.ones(shape.in_channels) for name, shape in optimizer.plan.shapes.items()})
+    with pytest.raises(ValueError, match="gradient_scores"):
+        optimizer.resample(1)
 
 
 def test_gradient_scores_are_the_dense_gradient_norms_and_leave_no_trace():
@@ -132,6 +157,8 @@ def test_gradient_scores_are_the_dense_gradient_norms_and_leave_no_trace():
     assert optimizer.resample(1) == first  # static: no second pass
     with pytest.raises(ValueError, match="empty"):
         gradient_scores(net, [], F.cross_entropy)
+    with pytest.raises(ValueError, match="the model has no plan"):
+        gradient_scores(dense, batches, F.cross_entropy)
 
 
 def test_gradients_that_wait_are_not_mixed_up_with_those_of_a_probe():
@@ -185,6 +212,14 @@ def test_velocity_follows_the_published_recursion():
     for name, values in second.items():
         wanted = 0.5 * first[name] + delta[name] - (-delta[name])  # mu v_1 + dphi_2 - dphi_1
         torch.testing.assert_close(values, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_responses_are_those_before_an_operation_in_place():
+    net, _, _ = planned("neq", None)
+    net.float().tokens.register_forward_pre_hook(lambda module, args: args[0].zero_())  # a view of pointwise's output
+    meter = NeuronVelocity(net)
+    meter.update(toy_batches(1, dtype=torch.float32))
+    assert meter._maps["pointwise"].any()
 
 
 def test_only_the_chosen_neurons_are_updated():

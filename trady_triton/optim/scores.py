@@ -55,7 +55,7 @@ class ChannelScores:
         if self.source == "weights":
             weights = {slot.layer: (whole(slot.weight.detach()), slot.groups) for slot in slots}
             return {name: channel_norms(*weight).double().cpu() for name, weight in weights.items()}
-        if self.source == "seen" and self._sums:
+        if self._sums:
             return self._merged(slots)
         return self.kept if self.source == "seen" else None
 
