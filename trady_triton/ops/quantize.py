@@ -54,7 +54,8 @@ Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def _load(x_ptr, base, g, i, K, j, T, sn, sp, sq, G: tl.constexpr, PQ: tl.constexpr, Q: tl.constexpr):
     t = g * G + i
     mask = (j < K)[:, None] & ((i < G) & (t < T))[None, :]
-    x = tl.load(x_ptr + base[:, None] + token_offset(t, sn, sp, sq, PQ, Q)[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + base[:, None] + token_offset(t, sn, sp, sq, PQ, Q)[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
     return tl.where(x == x, x, float("inf")), mask  # the largest of a group would pass over NaN
 
 
