@@ -2,14 +2,15 @@
 
     python -m trady_triton.bench.tune --out trady_triton/ops/tuned.json
 
-An entry is written where something beats what the rule says by `MARGIN`; backend "mm" where cuBLAS or cuDNN on the
-compact data does. Every candidate's result is compared with the library's before it may win. `--dry-run` tries one tiny
-layer of each kind once, without times that mean anything, in triton's interpreter.
+An entry is written, as soon as its layer is done, where something beats what the rule says by `MARGIN`; backend "mm"
+where cuBLAS or cuDNN on the compact data does. Every candidate's result is compared with the library's before it may
+win. `--dry-run` tries one tiny layer of each kind once, without times that mean anything, in triton's interpreter.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +25,20 @@ from rich.console import Console
 from torch import Tensor
 
 from trady_triton.ops import grouped_wgrad, planes_wgrad, select_config, token_wgrad
-from trady_triton.ops.select_config import MAX_ACCUMULATORS_PER_THREAD, RULES, TABLE_FILE, Config, table_key
+from trady_triton.ops.select_config import (
+    MAX_ACCUMULATORS_PER_THREAD,
+    MAX_WORKSPACE_BYTES,
+    RULES,
+    TABLE_FILE,
+    Config,
+    Shape,
+    entry_shape,
+    table_key,
+)
 
 MARGIN = 0.97
 FORCES = "TRADY_TRITON_BACKEND"
+RESULT_SIZES = ("K", "M", "O", "R", "ROWS", "S", "TAPS")  # those of a shape whose product is the size of the result
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,10 @@ class Layer:
 
     def call(self, device: str) -> Callable[[], Tensor]:
         """The weight gradient of noise, ready to run."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def noise(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, self.dtype)
+            return torch.randn(shape, generator=generator, device=device).to(self.dtype)
 
         side, pad = (self.taps, self.taps), (self.taps // 2, self.taps // 2)
         geometry = side, (1, 1), pad, (1, 1)
@@ -104,14 +115,14 @@ def backend(name: str) -> Iterator[None]:
             os.environ[FORCES] = before
 
 
-def rule_of(layer: Layer, run: Callable[[], Tensor]) -> tuple[str, Config]:
-    """(key in the table, what the rule says) for a layer."""
-    seen: list[tuple[str, Config]] = []
+def rule_of(layer: Layer, run: Callable[[], Tensor]) -> tuple[str, Shape, Config]:
+    """(key in the table, the sizes that the rule is asked for, what it says) for a layer."""
+    seen: list[tuple[str, Shape, Config]] = []
     rule = RULES[layer.kernel]
 
-    def spy(shape: Any, dtype: torch.dtype, arch: Any) -> Config:
-        seen.append((table_key(layer.kernel, shape, dtype, arch), rule(shape, dtype, arch)))
-        return seen[-1][1]
+    def spy(shape: Shape, dtype: torch.dtype, arch: Any) -> Config:
+        seen.append((table_key(layer.kernel, shape, dtype, arch), shape, rule(shape, dtype, arch)))
+        return seen[-1][2]
 
     with forced(layer.kernel, spy), backend("triton"):
         run()
@@ -135,6 +146,12 @@ def _fits(config: Config) -> bool:
     return tile <= MAX_ACCUMULATORS_PER_THREAD * 32 * config.num_warps
 
 
+def serves_entry(config: Config, shape: Shape) -> bool:
+    """Whether the workspace has room for the parts of every shape that shares the entry of this one."""
+    result = math.prod(size for name, size in entry_shape(shape).items() if name in RESULT_SIZES)
+    return config.backend == "mm" or config.split == 1 or 4 * config.split * result <= MAX_WORKSPACE_BYTES
+
+
 def milliseconds(run: Callable[[], Tensor], device: str) -> float:
     """Median time of a call with a cold cache; on the CPU that of one call."""
     if device == "cuda":
@@ -147,34 +164,43 @@ def milliseconds(run: Callable[[], Tensor], device: str) -> float:
 
 
 def tune(layer: Layer, device: str, console: Console) -> tuple[str, Config, bool]:
-    """(key, the fastest, whether it beats the rule) for a layer."""
-    from triton.runtime.errors import OutOfResources
-
+    """(key, the fastest that may be written, whether it beats the rule) for a layer."""
     run = layer.call(device)
-    key, ruled = rule_of(layer, run)
+    key, shape, ruled = rule_of(layer, run)
     if ruled.backend == "taps":
         console.print(f"{key}: left to the kernel of grouped convolutions")
         return key, ruled, False
     with backend("torch"):
         expected = run()
-        times = {"mm": (milliseconds(run, device), replace(ruled, backend="mm"))}
-    for config in candidates(ruled):
+        times = [(milliseconds(run, device), replace(ruled, backend="mm"))]
+    times += _timed(layer, run, candidates(ruled), expected, device, console)
+    by_rule = min((spent for spent, config in times if config == ruled), default=float("inf"))
+    spent, best = min((pair for pair in times if serves_entry(pair[1], shape)), key=lambda pair: pair[0])
+    console.print(f"{key}: rule {by_rule:.4f} ms, library {times[0][0]:.4f} ms, best {spent:.4f} ms {best}")
+    return key, best, spent < MARGIN * by_rule
+
+
+def _timed(
+    layer: Layer, run: Callable[[], Tensor], configs: list[Config], expected: Tensor, device: str, console: Console
+) -> Iterator[tuple[float, Config]]:
+    """Each config with its milliseconds, but those that do not compile or need more than the device has."""
+    from triton.errors import TritonError
+
+    for config in configs:
         with forced(layer.kernel, lambda *_, config=config: config), backend("triton"):
             try:
                 _check(layer, config, run(), expected)
-                times[str(config)] = milliseconds(run, device), config
-            except OutOfResources as error:
-                console.print(f"{key}: {config} left out: {error}")
-    spent, best = min(times.values(), key=lambda pair: pair[0])
-    by_rule = times["mm" if ruled.backend == "mm" else str(replace(ruled, backend="triton"))][0]
-    console.print(f"{key}: rule {by_rule:.4f} ms, library {times['mm'][0]:.4f} ms, best {spent:.4f} ms {best}")
-    return key, best, spent < MARGIN * by_rule
+                yield milliseconds(run, device), config
+            except (TritonError, RuntimeError) as error:
+                if device == "cuda":
+                    torch.cuda.synchronize()  # raises again where the device itself failed
+                console.print(f"{layer}: {config} left out: {error}")
 
 
 def _check(layer: Layer, config: Config, result: Tensor, expected: Tensor) -> None:
     error = float((result - expected).abs().max() / expected.abs().max())
     if not error <= 1e-2:
-        raise ValueError(f"{layer}: {config} errs by {error:.2g} of the largest gradient; nothing was written")
+        raise ValueError(f"{layer}: {config} errs by {error:.2g} of the largest gradient; it was not written")
 
 
 def main(
@@ -186,11 +212,13 @@ def main(
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("tuning needs a GPU; --dry-run tries the kernels in triton's interpreter")
     console = Console(width=200)
-    results = [tune(layer, device, console) for layer in (TINY if dry_run else LAYERS)]
-    won = {key: asdict(config) for key, config, wins in results if wins or dry_run}
-    table = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**table, **won}, indent=1, sort_keys=True) + "\n")
-    console.print(f"{out}: {len(won)} entries written")
+    table, count = json.loads(out.read_text()) if out.exists() else {}, 0
+    for layer in TINY if dry_run else LAYERS:
+        key, config, wins = tune(layer, device, console)
+        if wins or dry_run:
+            table[key], count = asdict(config), count + 1
+            out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    console.print(f"{out}: {count} entries written")
 
 
 if __name__ == "__main__":

@@ -102,11 +102,14 @@ def test_a_tuned_entry_wins_over_the_rule(tmp_path, monkeypatch):
     forget()
     try:
         tuned = select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_90"))
-        other = select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_80"))
+        others = [
+            select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_80")),
+            select_config("token_wgrad", {**shape, "PQ": 49}, torch.bfloat16, Arch("sm_90")),
+        ]
     finally:
         forget()
     assert tuned == Config({"BM": 64, "BN": 64, "BK": 64}, backend="mm")
-    assert other.backend == "triton"
+    assert [other.backend for other in others] == ["triton", "triton"]
 
 
 def test_a_kernel_without_a_rule_is_named():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from trady_triton.bench import tune
 from trady_triton.ops import select_config
@@ -39,8 +40,23 @@ def test_candidates_keep_the_limits():
 
 
 def test_a_wrong_result_is_an_error():
-    with pytest.raises(ValueError, match="nothing was written"):
+    with pytest.raises(ValueError, match="it was not written"):
         tune._check(tune.TINY[0], Config(), torch.ones(3), torch.tensor([1.0, 1.0, 2.0]))
+
+
+def test_what_does_not_compile_is_left_out(capsys):
+    def run():
+        raise RuntimeError("PassManager::run failed")
+
+    assert list(tune._timed(tune.TINY[0], run, [Config()], torch.ones(1), "cpu", Console(width=200))) == []
+    assert "left out: PassManager" in capsys.readouterr().out
+
+
+def test_an_entry_has_a_workspace_for_every_shape_that_shares_it():
+    shape = {"T": 25216, "O": 2304, "K": 48, "PQ": 1, "bits": 0}
+    assert tune.serves_entry(Config(split=8), shape)
+    assert not tune.serves_entry(Config(split=9), shape), "64 x 4096 numbers nine times are more than 8 MiB"
+    assert tune.serves_entry(Config(split=9, backend="mm"), shape)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):

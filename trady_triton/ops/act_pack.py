@@ -83,7 +83,7 @@ def _unpack_kernel(
 
 def dense_stride(x: torch.Tensor) -> tuple[int, ...]:
     """The strides of empty_like(x): those of x where it is dense."""
-    if x.is_contiguous():  # no tensor is made
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):  # no tensor is made
         return x.stride()
     return torch.empty_like(x, device="meta").stride()
 

@@ -68,6 +68,7 @@ def _cuda_arch(index: int) -> Arch:
 
 Rule = Callable[[Shape, torch.dtype, Arch], Config]
 RULES: dict[str, Rule] = {}
+ROUNDED = ("C", "K", "M", "N", "O", "ROWS", "T")  # sizes of batch, draw and layer; the rest is geometry
 TABLE_FILE = Path(__file__).with_name("tuned.json")
 
 
@@ -103,9 +104,14 @@ def split_count(programs: int, steps: int, step_bytes: int, partial_bytes: int, 
     return min(range(1, max(most, 1) + 1), key=moved)
 
 
+def entry_shape(shape: Shape) -> Shape:
+    """The largest sizes that share a tuned entry: a new K seldom is a new one, but tiles are cut for a geometry."""
+    return {name: next_power_of_2(size) if name in ROUNDED else size for name, size in shape.items()}
+
+
 def table_key(kernel: str, shape: Shape, dtype: torch.dtype, arch: Arch) -> str:
-    """The key of the tuned table: every size rounded up to a power of two, so that a new K seldom is a new entry."""
-    sizes = ",".join(f"{name}={next_power_of_2(size)}" for name, size in sorted(shape.items()))
+    """The key of the tuned table."""
+    sizes = ",".join(f"{name}={size}" for name, size in sorted(entry_shape(shape).items()))
     return f"{kernel}|{sizes}|{str(dtype).removeprefix('torch.')}|{arch.name}"
 
 

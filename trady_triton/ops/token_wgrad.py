@@ -235,7 +235,8 @@ def _impl(
         if layout is None:
             dy = dy.contiguous()
             layout = cast(TokenLayout, token_layout(dy, channel_dim))
-        shape = {"T": layout.T, "O": layout.O, "K": M, "PQ": layout.PQ, "bits": bits}
+        planes = layout.PQ if layout.PQ > 1 or layout.channel == 1 else layout.T  # those of one image are one
+        shape = {"T": layout.T, "O": layout.O, "K": M, "PQ": planes, "bits": bits}
         config = select_config("token_wgrad", shape, dy.dtype, Arch.of(dy.device))
         if not takes_library(config):
             operands = _Operands(store, dy, scale, zero, bits, layout, M)

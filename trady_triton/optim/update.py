@@ -22,8 +22,8 @@ from trady_triton.optim.states import State, state_names
 from trady_triton.sharding import is_sharded
 from trady_triton.slot import ChannelSlot
 
-# Under the addresses and sizes that they hold.
-_Tables = dict[tuple[int, ...], tuple[Tensor, Tensor]]
+# Under the addresses that they hold, and what else they follow from.
+_Tables = dict[tuple[object, ...], tuple[Tensor, Tensor]]
 
 
 class Trained(NamedTuple):
@@ -103,8 +103,8 @@ class ChannelUpdate:
         """The launch tables, where a kernel is launched; of fake tensors there are no addresses."""
         if not use_triton(weights[0]) or isinstance(weights[0], FakeTensor):
             return {}
-        tensors = chain(weights, channels, *states)
-        key = tuple(number for t in tensors for number in (t.data_ptr(), *t.shape, *t.stride()))
+        addresses = map(Tensor.data_ptr, chain(weights, channels, *states))
+        key = (*addresses, *map(len, channels), *map(Tensor.stride, weights))
         return {key: self._tables.get(key) or update_tables(weights, grads, channels, *states)}
 
 
