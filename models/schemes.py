@@ -42,9 +42,8 @@ def scheme_of_budget(net_name: str, budget: object) -> str:
     """Name of the scheme from which the paper took a budget. Raises ValueError where it took it from none."""
     known = BUDGETS.get(net_name, {})
     if budget not in known:
-        raise ValueError(
-            f"net {net_name!r} has no Sparse Update scheme of {budget} elements; known: {', '.join(map(str, known))}"
-        )
+        found = ", ".join(map(str, known)) or f"none for it, but for {', '.join(BUDGETS)}"
+        raise ValueError(f"net {net_name!r} has no Sparse Update scheme of {budget} elements; known: {found}")
     return known[budget]  # type: ignore[index]
 
 

@@ -111,7 +111,7 @@ def _result(cell: Cell, future: Future[Record]) -> Record:
         return future.result()
     except BrokenProcessPool as error:
         raise RuntimeError("a worker died, of too little memory perhaps; the same command goes on") from error
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         raise ValueError(f"cell {cell.key}: {error}") from error
 
 

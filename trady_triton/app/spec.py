@@ -34,6 +34,12 @@ class Net:
     image_size: int | None = None
     ranking: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            _check_count("image_size", self.image_size)
+        if not isinstance(self.args, Mapping):
+            raise ValueError(f"args {self.args!r}: wanted a mapping, such as {{pad_type: same}}")
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -80,6 +86,10 @@ class Protocol:
     def __post_init__(self) -> None:
         _check_count("epochs", self.epochs)
         _check_count("batch_size", self.batch_size)
+        _check_count("test_every", self.test_every, least=0)
+        _number("warmup_epochs", self.warmup_epochs)
+        if self.max_grad_norm is not None:
+            _number("max_grad_norm", self.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,7 @@ def _method(entry: Any) -> Method:
     unknown = options.keys() - inspect.signature(make_plan).parameters.keys()
     if unknown:
         raise ValueError(f"strategy {name!r}: make_plan has no option {min(unknown)!r}")
-    return Method(name, sampler, None if lr is None else _lr(lr), options)
+    return Method(name, sampler, None if lr is None else _number("lr", lr), options)
 
 
 def _net(entry: Any) -> Net:
@@ -204,22 +214,23 @@ def _budget(entry: Any) -> int | str:
 
 
 def _seed(entry: Any) -> int:
-    if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
-        raise ValueError(f"seed {entry!r}: wanted an integer of at least 0")
-    return entry
+    _check_count("seed", entry, least=0)
+    seed: int = entry
+    return seed
 
 
-def _lr(entry: Any) -> float:
+def _number(name: str, entry: Any) -> float:
     if isinstance(entry, bool) or not isinstance(entry, int | float) or not 0 <= entry < math.inf:
-        raise ValueError(f"lr {entry!r}: wanted a finite number of at least 0")
+        hint = "; YAML takes 1e-3 for text, and 1.0e-3 for a number" if isinstance(entry, str) else ""
+        raise ValueError(f"{name} {entry!r}: wanted a finite number of at least 0{hint}")
     return float(entry)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} {value!r}: wanted an integer of at least 1")
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} {value!r}: wanted an integer of at least {least}")
 
 
 _nets, _data = partial(_each, "nets", _net), partial(_each, "data", partial(_entry, DataSet))
 _budgets, _methods = partial(_each, "budgets", _budget), partial(_each, "strategies", _method)
-_seeds, _lrs = partial(_each, "seeds", _seed), partial(_each, "lrs", _lr)
+_seeds, _lrs = partial(_each, "seeds", _seed), partial(_each, "lrs", partial(_number, "lr"))
