@@ -31,7 +31,7 @@ SPEC = """
 nets: [{name: mobilenetv2_w035, image_size: 32}]
 data: [{file: digits, train_per_class: 2, test_per_class: 1}]
 budgets: [4000]
-strategies: [trady, cyclic]
+strategies: [trady, cyclic, head, d-rgn, su]
 lrs: [0.01]
 seeds: [0, 1]
 protocol: {epochs: 2, batch_size: 10, max_grad_norm: 2.0}

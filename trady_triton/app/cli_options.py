@@ -18,7 +18,7 @@ from trady_triton.budget import parse_budget
 from trady_triton.models import how_made, ranking_for
 from trady_triton.strategies import STRATEGIES, Strategy, strategy
 
-_DRAWN = [name for name, kind in STRATEGIES.items() if not (kind.is_probed or kind.layers == "scheme")]
+_DRAWN = [name for name, kind in STRATEGIES.items() if kind.is_self_contained]
 
 DataFolder = Annotated[Path, typer.Option(help="Folder to which the files named in the grid are relative.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU by default where there is one.")]

@@ -22,6 +22,7 @@ from trady_triton.cost import CostModel
 from trady_triton.ranking import Ranking
 from trady_triton.serial import write_json
 from trady_triton.stats import better, coverage, paired_t_test, spearman, t_test
+from trady_triton.strategies import strategy
 
 Row = dict[str, Any]
 
@@ -155,10 +156,12 @@ def channel_table(runs: Sequence[Run]) -> list[Row]:
 
 
 def planned(spec: Spec, ranking: Ranking) -> dict[tuple[str, int | str], Plan]:
-    """A plan of each strategy at each budget, for what can be told without training."""
+    """A plan at each budget of each strategy that has one and of which something can be told without training."""
+    kinds = [(method, strategy(method.sampler)) for method in spec.strategies]
     return {
         (method.name, budget): make_plan(ranking, budget=budget, sampler=method.sampler, **method.options)
-        for method in spec.strategies
+        for method, kind in kinds
+        if kind.has_budget and kind.is_self_contained
         for budget in spec.budgets
     }
 

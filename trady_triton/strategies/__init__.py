@@ -62,6 +62,11 @@ class Strategy:
         """Whether its scores take passes of their own over data."""
         return self.scores in ("gradient", "fisher", "velocity")
 
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether a plan is all that its draws need: no passes over data, no scheme of layers."""
+        return not self.is_probed and self.layers != "scheme"
+
 
 STRATEGIES = {
     "trady": Strategy(draw_uniform, layers="rgn", inclusion=uniform_inclusion, fills=True),
