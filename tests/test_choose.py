@@ -109,6 +109,16 @@ def test_a_choice_keeps_no_more_and_peaks_no_higher(name, options, policy):
     assert after.peak_bytes <= 1.05 * max(before.peak_bytes, before.inference_bytes)
 
 
+def test_packing_keeps_no_more_than_what_is_exact():
+    """Packed, these blocks keep little that a second forward would spare, but more than the exact choice, which runs."""
+    blocks = (nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.SiLU()) for _ in range(6))
+    net, plan = stack(*blocks)
+    policies = Policy(), Policy(activations=8)
+    exact, packed = (choose_recompute(replace(plan, policy=policy), net, (8, 16)) for policy in policies)
+    assert exact.policy.recompute
+    assert ledger(net, packed, (8, 16)).kept_bytes <= ledger(net, exact, (8, 16)).kept_bytes
+
+
 def test_masks_and_what_the_budget_pays_for_are_not_worth_a_second_forward():
     net = random_net("mobilenetv2_100", torch.float32)
     shapes = shapes_in_order(net, torch.zeros(1, 3, 128, 128))

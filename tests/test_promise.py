@@ -12,7 +12,8 @@ from nn.nets import shapes_in_order
 from torch import Tensor, nn
 from toys import toy_batches, toy_net, toy_ranking
 
-from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan, measure, remove_plan
+from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, make_plan, measure, rank_layers, remove_plan
+from trady_triton.cost import STORE_BITS
 from trady_triton.policy import Policy
 from trady_triton.promise import bound
 from trady_triton.ranking import LayerNorms, find_head
@@ -134,6 +135,27 @@ def test_the_exact_is_given_up_before_the_approximate_and_that_before_the_pool()
     steps = [(len(plan.pool), plan.policy.is_exact, plan.store == "same") for plan in plans]
     assert steps == sorted(steps)
     assert not plans[0].policy.is_exact or len(plans[0].pool) < len(roomy.pool) or plans[0].policy != Policy()
+
+
+def test_a_store_is_rounded_no_further_than_the_memory_asks() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
+    x = torch.randn(2, 2048, 8)  # long, so that stores are what a step consists of
+    ranking = rank_layers(net, [(x, None)], lambda y, _: y.square().mean())
+    options = {"model": net, "input_shape": x.shape, "loss_fn": lambda y, _: y.square().mean(), "layers": ("2",)}
+
+    def least(**given: object) -> int:
+        with pytest.raises(ValueError, match="smallest workable") as refusal:
+            make_plan(ranking, memory=100, **options, **given)
+        return int(re.search(r"memory is (\d+) bytes", str(refusal.value))[1])
+
+    figures = [least(allow=(), store=store) for store in STORE_BITS]
+    assert figures == sorted(figures, reverse=True)
+    assert least(allow=("store",)) == figures[-1]
+    for memory, store in zip(figures, STORE_BITS, strict=True):
+        assert make_plan(ranking, memory=memory, allow=("store",), **options).store == store
+    with pytest.raises(ValueError, match="smallest workable"):
+        make_plan(ranking, memory=figures[-1], allow=("activations", "recompute"), **options)
 
 
 def test_dropping_the_earliest_layers_keeps_the_best_first() -> None:

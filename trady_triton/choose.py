@@ -43,7 +43,8 @@ def choose_recompute(
     A unit is a module of any size, or a run of a Sequential's children. The units chosen do not overlap, so by them
     nothing runs more than twice. Of all choices whose step peaks, to 5 %, no higher than inference, or than the lowest
     peak that any choice has, they keep the fewest bytes; what units write again, which is about their time, counts as a
-    twenty-fifth of bytes kept, and every unit spares at least that.
+    twenty-fifth of bytes kept, and every unit spares at least that. A unit that is worth its time to an exact policy is
+    worth it to one that packs, so that packing never keeps more.
 
     If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, as smaller ones take
     long; unless the policy has a number of parts already, or samples may see each other.
@@ -59,17 +60,29 @@ def choose_recompute(
     expect("model", model, nn.Module)
     if plan.policy.batch_norm == "train":
         return plan
-    bare = replace(plan, policy=replace(plan.policy, recompute=()))
+    asked, options = replace(plan.policy, recompute=()), (model, input_shape, scores, autocast)
+    exact = asked
+    if not asked.is_exact:
+        exact = choose_recompute(replace(plan, policy=replace(asked, activations="exact")), *options).policy
+    trace = _trace(replace(plan, policy=asked), *options)
+    calls = [call for call in (*trace.calls, *_runs(model, trace)) if _can_run_again(call, plan)]
+    for call in calls:
+        call.is_worth_it = call.name in exact.recompute
+    samples, counts = samples_in(input_shape), [exact.recompute_parts]
+    if asked.recompute_parts == 1 and can_part(model, asked):
+        counts += [parts for parts in PARTS if counts[0] < parts <= samples / LEAST_PART]
+    choice = _choose_apart(trace, calls, samples, counts)
+    return replace(plan, policy=replace(asked, recompute=choice.names, recompute_parts=choice.parts))
+
+
+def _trace(
+    plan: Plan, model: nn.Module, input_shape: Shape, scores: Mapping[str, Tensor] | None, autocast: torch.dtype | None
+) -> Trace:
     drawn = plan.sample(0, scores)
     with fake_copy(model) as twin:
-        trained = trained_by(train_under(twin, bare, drawn))
+        trained = trained_by(train_under(twin, plan, drawn))
         inputs = made_to(input_shape, next(p for p in twin.parameters() if p.is_floating_point()))
-        trace = trace_step(twin, trained, inputs, autocast)
-    calls = [call for call in (*trace.calls, *_runs(model, trace)) if _can_run_again(call, plan)]
-    samples, asked = samples_in(input_shape), plan.policy.recompute_parts
-    counts = [parts for parts in PARTS if parts * LEAST_PART <= samples] if can_part(model, plan.policy) else []
-    choice = _choose_apart(trace, calls, samples, [asked] if asked > 1 else counts or [1])
-    return replace(plan, policy=replace(plan.policy, recompute=choice.names, recompute_parts=choice.parts))
+        return trace_step(twin, trained, inputs, autocast)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A call that may run again: bytes that it keeps then, that it needs while it runs, and that it writes again."""
+    """A call that may run again: bytes that it keeps then, that it needs while it runs, and that it pays for."""
 
     name: str
     start: int
@@ -186,9 +199,8 @@ class _Paths:
         if self.share < 1:
             forward = self._parted_forward(call, forward)
             again = self._parted_again(call, again, arrived)
-        return _Unit(
-            call.name, call.start, call.inputs, max(forward, again), sum(stretch.written for stretch in inside)
-        )
+        writes = 0 if call.is_worth_it else sum(stretch.written for stretch in inside)
+        return _Unit(call.name, call.start, call.inputs, max(forward, again), writes)
 
     def _arrived(self, call: Call) -> int:
         """What lives when the backward of a call begins, beyond what is kept up to there: gradients."""

@@ -48,6 +48,7 @@ class Call:
     unkept: int = 0  # of the inputs, what neither this nor an earlier call keeps
     before: int = 0  # what lives on entry
     is_parted: bool = False  # whether its batch can be run in parts
+    is_worth_it: bool = False  # to run again, whatever it writes
     is_pure: bool = False  # it neither changes its inputs nor returns one, which the next call might change
 
 
