@@ -10,6 +10,7 @@ from trady_triton.bench.bench_memory import memory_table
 from trady_triton.bench.equal_memory import summary
 from trady_triton.bench.markers import fill_blocks
 from trady_triton.bench.methods import METHODS
+from trady_triton.bench.paper_setting import NET, setting_table
 from trady_triton.bench.store import KIND, Row
 from trady_triton.bench.tables import markdown, mib, origin, short
 from trady_triton.bench.tables_lean import error_table, kept_table, peak_table
@@ -62,6 +63,7 @@ TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "equal_memory": ("*/pareto.json", KIND, _each_device(lambda content: summary(list(content["cases"].values())))),
     "lean_kept": ("lean.json", KIND, lambda contents: kept_table(list(contents[0]["cases"].values()))),
     "lean_errors": ("lean.json", KIND, lambda contents: error_table(list(contents[0]["cases"].values()))),
+    "paper_setting": ("paper_setting.json", KIND, lambda contents: setting_table(contents[0]["cases"][NET])),
     "lean_peak": ("lean.json", KIND, lambda contents: peak_table(list(contents[0]["cases"].values()))),
 }
 

@@ -110,7 +110,7 @@ def test_a_choice_keeps_no_more_and_peaks_no_higher(name, options, policy):
 
 
 def test_packing_keeps_no_more_than_what_is_exact():
-    """Packed, these blocks keep little that a second forward would spare, but more than the exact choice, which runs."""
+    """Packed, these blocks keep little that a second forward would spare, but more than the exact choice."""
     blocks = (nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.SiLU()) for _ in range(6))
     net, plan = stack(*blocks)
     policies = Policy(), Policy(activations=8)

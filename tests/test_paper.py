@@ -8,12 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from trady_triton import Plan, Ranking, TraDyOptimizer, apply_plan, ledger, make_plan, measure, rank_layers
+from trady_triton import Ranking, TraDyOptimizer, apply_plan, ledger, make_plan, measure, rank_layers
+from trady_triton.bench import paper_setting
+from trady_triton.bench.paper_setting import FIGURE_9, added_bytes, paper_plan
 from trady_triton.meters import FlopsByKind
 from trady_triton.models import ranking_for
-from trady_triton.ranking import LayerNorms
 
-FIGURE_9 = json.loads((Path(__file__).parent / "data" / "mobilenetv2_w035_fig9.json").read_text())
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
 def ranked(name: str) -> Ranking:
@@ -21,19 +22,9 @@ def ranked(name: str) -> Ranking:
     return rank_layers(net, [(torch.randn(1, 3, 128, 128), torch.tensor([0]))], F.cross_entropy)
 
 
-@pytest.fixture(scope="module")
-def paper_ranking() -> Ranking:
-    """MobileNetV2-w0.35 with the layer norms of Fig. 9, spread evenly over the channels."""
-    layers = ranked("mobilenetv2_w035").layers
-    norms = [
-        (raw / layer.shape.in_channels,) * layer.shape.in_channels
-        for layer, raw in zip(layers, FIGURE_9["raw"], strict=True)
-    ]
-    return Ranking(tuple(LayerNorms(x.name, x.shape, n) for x, n in zip(layers, norms, strict=True)), ("fc",), 1)
-
-
-def paper_plan(ranking: Ranking, budget: int, **options: object) -> Plan:
-    return make_plan(ranking, budget=budget, cost_model="paper", **options)
+@pytest.fixture(scope="module", name="paper_ranking")
+def ranking_of_figure_9() -> Ranking:
+    return paper_setting.paper_ranking()
 
 
 @pytest.mark.parametrize(
@@ -98,14 +89,17 @@ def test_what_training_adds_over_inference_in_the_papers_setting_stays_below_256
     plan = paper_plan(paper_ranking, 27946)
     for epoch in range(5):
         books = ledger(net, plan, (1, 3, 128, 128), epoch=epoch)
-        channels = books.kept_by_kind["trained channels"] + books.compact_gradient_bytes
-        masks, head_input, loss = (books.kept_by_kind[kind] for kind in ("activation", "conv and linear", "other"))
         added = books.kept_bytes + books.compact_gradient_bytes + books.whole_gradient_bytes + books.draw_bytes
-        assert added == channels + masks + head_input + loss + books.whole_gradient_bytes + books.draw_bytes
-        assert added < 256 * 1024
+        assert added == sum(added_bytes(books).values()) < 256 * 1024
         # A training step peaks where inference does: what is added lives while the working set is small.
         assert books.peak_bytes <= books.inference_bytes + books.draw_bytes
     apply_plan(net, plan)
     optimizer = TraDyOptimizer(net.parameters(), plan)
     optimizer.resample(epoch)
     assert measure(net, optimizer, torch.randn(1, 3, 128, 128), torch.zeros(1, dtype=torch.int64)) == books
+
+
+def test_the_counts_of_the_papers_setting_are_those_of_this_version():
+    row = json.loads((RESULTS / "paper_setting.json").read_text())["cases"][paper_setting.NET]
+    counted = paper_setting.count()
+    assert {key: row[key] for key in counted} == counted

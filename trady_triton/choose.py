@@ -22,6 +22,7 @@ from trady_triton.batch import Shape, made_to, samples_in
 from trady_triton.nn.chain import links_of, run_name
 from trady_triton.nn.parts import can_part
 from trady_triton.plan import Plan
+from trady_triton.policy import ACTIVATIONS
 from trady_triton.rehearsal import fake_copy, train_under, trained_by
 from trady_triton.trace import Call, Trace, trace_step
 
@@ -43,8 +44,8 @@ def choose_recompute(
     A unit is a module of any size, or a run of a Sequential's children. The units chosen do not overlap, so by them
     nothing runs more than twice. Of all choices whose step peaks, to 5 %, no higher than inference, or than the lowest
     peak that any choice has, they keep the fewest bytes; what units write again, which is about their time, counts as a
-    twenty-fifth of bytes kept, and every unit spares at least that. A unit that is worth its time to an exact policy is
-    worth it to one that packs, so that packing never keeps more.
+    twenty-fifth of bytes kept, and every unit spares at least that. Packing leaves less to be spared, so that it could
+    keep more than the choice for more bits: what is worth its time there may run twice here too, if that keeps less.
 
     If that peak is above inference, units run in 2 or 4 parts of the batch, of at least 4 samples, as smaller ones take
     long; unless the policy has a number of parts already, or samples may see each other.
@@ -61,17 +62,17 @@ def choose_recompute(
     if plan.policy.batch_norm == "train":
         return plan
     asked, options = replace(plan.policy, recompute=()), (model, input_shape, scores, autocast)
-    exact = asked
-    if not asked.is_exact:
-        exact = choose_recompute(replace(plan, policy=replace(asked, activations="exact")), *options).policy
-    trace = _trace(replace(plan, policy=asked), *options)
+    trace, samples = _trace(replace(plan, policy=asked), *options), samples_in(input_shape)
     calls = [call for call in (*trace.calls, *_runs(model, trace)) if _can_run_again(call, plan)]
-    for call in calls:
-        call.is_worth_it = call.name in exact.recompute
-    samples, counts = samples_in(input_shape), [exact.recompute_parts]
-    if asked.recompute_parts == 1 and can_part(model, asked):
-        counts += [parts for parts in PARTS if counts[0] < parts <= samples / LEAST_PART]
+    finer = [parts for parts in PARTS if asked.recompute_parts == 1 < parts <= samples / LEAST_PART]
+    counts = [asked.recompute_parts, *(finer if can_part(model, asked) else ())]
     choice = _choose_apart(trace, calls, samples, counts)
+    if not asked.is_exact:
+        gentler = replace(asked, activations=ACTIVATIONS[ACTIVATIONS.index(asked.activations) - 1])
+        worth = choose_recompute(replace(plan, policy=gentler), *options).policy
+        calls = [replace(call, is_worth_it=call.name in worth.recompute) for call in calls]
+        counts = [parts for parts in counts if parts >= worth.recompute_parts]
+        choice = min(choice, _choose_apart(trace, calls, samples, counts), key=lambda choice: choice.kept)
     return replace(plan, policy=replace(asked, recompute=choice.names, recompute_parts=choice.parts))
 
 
@@ -89,6 +90,7 @@ def _trace(
 class _Choice:
     names: tuple[str, ...]
     parts: int
+    kept: float  # bytes
     lowest: int  # bytes, of the peak
 
 
@@ -133,10 +135,9 @@ def _choose(trace: Trace, calls: list[Call], samples: int, parts: int) -> _Choic
     as_it_is = max(max(stretch.forward, stretch.backward) for stretch in trace.stretches)
     lowest = min(paths.lowest_peak(), as_it_is)  # the former counts what is kept and in use twice
     limit = int(SLACK * max(lowest, trace.inference_peak))
-    names = paths.cheapest(limit, PRICE)
-    if names is None:  # what it spares for its price keeps more up to some point
-        names = paths.cheapest(limit, 0.0)
-    return _Choice(names or (), parts, lowest)
+    # What it spares for its price may keep more up to some point than the limit allows.
+    found = paths.cheapest(limit, PRICE) or paths.cheapest(limit, 0.0) or (paths.kept[-1], ())
+    return _Choice(found[1], parts, found[0], lowest)
 
 
 class _Paths:
@@ -159,10 +160,10 @@ class _Paths:
                 if spares >= PRICE * unit.writes:
                     self.units.setdefault(call.stop, []).append(unit)
 
-    def cheapest(self, limit: int, price: float) -> tuple[str, ...] | None:
-        """Names of the units that keep the fewest bytes, plus `price` for each that is written again, within a peak.
+    def cheapest(self, limit: int, price: float) -> tuple[float, tuple[str, ...]] | None:
+        """Of the ways within a peak that with the fewest bytes kept, plus `price` for each that is written again.
 
-        None if no way stays within it.
+        Bytes kept and names of the units; None if no way stays within it.
         """
         best: list[_Way] = [(0.0, 0.0, None)]
         for stop, (stretch, needs) in enumerate(zip(self.stretches, self.needs, strict=True), 1):
@@ -174,7 +175,8 @@ class _Paths:
                 if kept + unit.needs <= limit:
                     ways.append((cost + unit.keeps + price * unit.writes, kept + unit.keeps, unit))
             best.append(min(ways, key=lambda way: way[0], default=(float("inf"), float("inf"), None)))
-        return None if best[-1][0] == float("inf") else tuple(dict.fromkeys(_names(best)))
+        cost, kept, _ = best[-1]
+        return None if cost == float("inf") else (kept, tuple(dict.fromkeys(_names(best))))
 
     def lowest_peak(self) -> int:
         """The lowest peak of all ways, to a hundredth."""
