@@ -20,7 +20,7 @@ def plan_at(model: nn.Module, shape: tuple[int, ...], depth: float) -> Plan:
     shapes: dict[str, LayerShape] = {}
     with fake_copy(model) as twin, torch.no_grad():
         for name, module in twin.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(type(module)):
+            if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(module):
                 module.register_forward_hook(_recorder(name, shapes, shape[0]))
         twin.eval()(made_to(shape, next(twin.parameters())))
     head = find_head(model, list(shapes))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, RmsNorm
 from torch import nn
+from torch.nn.utils import prune
 from toys import ToyNet, toy_batches, toy_net, toy_plan
 
 from trady_triton import Policy, TraDyOptimizer, apply_plan, make_plan, rank_layers, remove_plan
@@ -306,6 +307,32 @@ def test_subclasses_with_another_forward_are_neither_ranked_nor_swapped():
     with pytest.raises(ValueError, match=r"no layer to rank: .* has .* ScaledStdConv2d"):
         rank_layers(net, [batch], F.cross_entropy)
     assert torch.equal(net(batch[0]), expected)
+
+
+MADE = {  # weights that a hook makes at every call
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+def test_a_weight_that_is_made_of_others_is_neither_ranked_nor_trained(make):
+    net = nn.Sequential(nn.Linear(8, 8), make(nn.Linear(8, 8)), nn.Linear(8, 2))
+    x = torch.randn(3, 8)
+    plan = make_plan(rank_layers(net, [(x, None)], lambda y, _: y.sum()), budget="1MiB")
+    assert plan.pool == ("0",)
+    before, expected = {name: p.clone() for name, p in net.named_parameters()}, net.eval()(x)
+    optimizer = TraDyOptimizer(apply_plan(net, plan).parameters(), plan, lr=0.1)
+    optimizer.resample(0)
+    y = net(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    optimizer.step()
+    moved = {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {"0.weight", "2.weight", "2.bias"}
 
 
 def test_remove_plan_passes_over_what_was_taken_out():

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from nn.kept import forward_backward, lean_twin
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -178,6 +179,18 @@ def test_compiled_in_place_activations_change_their_input():
     assert torch.equal(x, leaf.relu())
     (y.sum() + x.sum()).backward()
     assert torch.equal(leaf.grad, 2.0 * (leaf > 0))
+
+
+@pytest.mark.parametrize("module", [nn.LeakyReLU(0.1), nn.LeakyReLU(0.1, inplace=True), nn.Dropout(0.4)])
+@pytest.mark.parametrize("size", [(2, 8, 7), (3, 5, 3)], ids=["full bytes", "ragged"])
+def test_compiled_masks_are_those_of_eager(module, size):
+    x, dy = torch.randn(size), torch.randn(size)
+    found = []
+    lean = lean_twin(module)
+    for run in (lean, torch.compile(lean, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        found.append(forward_backward(run, x, dy))
+    torch.testing.assert_close(*found)
 
 
 def test_pending_gradients_of_compiled_code_are_noticed():

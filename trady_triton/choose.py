@@ -239,7 +239,7 @@ def _names(best: list[_Way]) -> Iterator[str]:
 
 def _can_run_again(call: Call, plan: Plan) -> bool:
     in_head = any(call.name == head or call.name.startswith(head + ".") for head in plan.head)
-    return call.name != "" and not in_head and call.is_pure
+    return call.name != "" and not in_head and call.is_pure and not call.is_stateful
 
 
 def _nested(calls: list[Call], names: tuple[str, ...]) -> set[str]:
@@ -264,8 +264,15 @@ def _runs(model: nn.Module, trace: Trace) -> Iterator[Call]:
             for last, stop in enumerate(links[first + 1 :], first + 1):
                 if start is None or stop is None:
                     break
-                name, is_parted = run_name(chain, first, last + 1), start.is_parted and stop.is_parted
-                yield replace(start, name=name, stop=stop.stop, outputs=stop.outputs, is_parted=is_parted)
+                inside = [link for link in links[first : last + 1] if link is not None]
+                yield replace(
+                    start,
+                    name=run_name(chain, first, last + 1),
+                    stop=stop.stop,
+                    outputs=stop.outputs,
+                    is_parted=start.is_parted and stop.is_parted,
+                    is_stateful=any(link.is_stateful for link in inside),
+                )
 
 
 def _within(outer: Call, inner: Call | None) -> Call | None:

@@ -281,7 +281,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     layers: dict[str, nn.Conv2d | nn.Linear] = {}
     foreign: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(type(module)):
+        if isinstance(module, nn.Conv2d | nn.Linear) and is_trainable(module):
             if all(layer.weight is not module.weight for layer in layers.values()):
                 layers[name] = module
         else:

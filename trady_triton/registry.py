@@ -39,9 +39,12 @@ def lean_type(kind: type[nn.Module]) -> type[nn.Module] | None:
     return _LEAN.get(kind)
 
 
-def is_trainable(kind: type[nn.Module]) -> bool:
-    """Whether channels of modules of that exact type may be drawn: its lean class has a slot for them."""
-    return hasattr(lean_type(kind), "slot")
+def is_trainable(module: nn.Module) -> bool:
+    """Whether channels of the module may be drawn: its lean class has a slot, and its weight is a parameter.
+
+    A weight that a hook makes of others at every call, as for `torch.nn.utils.weight_norm` and pruning, is none.
+    """
+    return hasattr(lean_type(type(module)), "slot") and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def plain_forward(module: nn.Module, x: Tensor) -> Tensor:

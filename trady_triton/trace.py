@@ -21,6 +21,8 @@ from trady_triton.batch import Batch, call, device_of, num_samples
 from trady_triton.meters import LiveStorages
 from trady_triton.microbatch import casts
 
+Versions = list[tuple[Tensor, int]]
+
 
 @dataclass
 class Stretch:
@@ -50,6 +52,7 @@ class Call:
     is_parted: bool = False  # whether its batch can be run in parts
     is_worth_it: bool = False  # to run again, whatever it writes
     is_pure: bool = False  # it neither changes its inputs nor returns one, which the next call might change
+    is_stateful: bool = False  # it changes buffers
 
 
 @dataclass
@@ -99,7 +102,7 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._kept: set[int] = set()
         self._written = 0
-        self._running: list[tuple[Call, list[Tensor], list[int]]] = []
+        self._running: list[tuple[Call, Versions, Versions]] = []
         self._inference: Counter[str] = Counter()
         self._arrivals: dict[Node, int] = {}
         self._current = 0
@@ -171,7 +174,7 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
                 entered.inputs = self._bytes(tensors, self._own)
                 self.trace.calls.append(entered)
                 self.trace.stretches.append(Stretch(name))
-                self._running.append((entered, tensors, [tensor._version for tensor in tensors]))
+                self._running.append((entered, _versions(tensors), _versions(module.buffers())))
 
         return enter
 
@@ -179,13 +182,14 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
         if not self._is_forward:  # a recomputed module runs again
             return
         self._cut()
-        left, tensors, versions = self._running.pop()
+        left, inputs, buffers = self._running.pop()
+        tensors = [tensor for tensor, _ in inputs]
         left.stop = len(self.trace.stretches)
         outputs = _tensors(output)
         left.outputs = self._bytes(outputs, self._own)
         left.unkept = self._bytes(tensors, self._own | self._kept)
-        is_written = any(tensor._version != old for tensor, old in zip(tensors, versions, strict=True))
-        left.is_pure = not is_written and not _storages(tensors) & _storages(outputs)
+        left.is_pure = not _are_written(inputs) and not _storages(tensors) & _storages(outputs)
+        left.is_stateful = _are_written(buffers)
         batches = [tensor.shape[:1] == (self._samples,) for tensor in (*tensors, *outputs)]
         left.is_parted = isinstance(output, Tensor) and batches[0] and batches[-1] and sum(batches) == 2
         for tensor in outputs:
@@ -210,6 +214,14 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
     def _bytes(self, tensors: list[Tensor], known: set[int]) -> int:
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+
+
+def _versions(tensors: Iterable[Tensor]) -> Versions:
+    return [(tensor, tensor._version) for tensor in tensors]
+
+
+def _are_written(versions: Versions) -> bool:
+    return any(tensor._version != version for tensor, version in versions)
 
 
 def _storages(tensors: list[Tensor]) -> set[int]:

@@ -43,7 +43,7 @@ def fake_net(model: nn.Module) -> Iterator[nn.Module]:
 def shapes_in_order(model: nn.Module, x: Tensor) -> dict[str, LayerShape]:
     """Sizes of every layer of a taught type outside the head, in the order of the forward."""
     shapes: dict[str, LayerShape] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and is_trainable(type(m))}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and is_trainable(m)}
 
     def recorder(name: str) -> Any:
         def record(module: nn.Conv2d | nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:

@@ -27,6 +27,7 @@ MODULES = {
     "hardsigmoid": (nn.Hardsigmoid(), BIT),
     "batchnorm": (nn.BatchNorm2d(8), 0),
     "batchnorm-plain": (nn.BatchNorm2d(8, affine=False), 0),
+    "batchnorm-sync": (nn.SyncBatchNorm(8), 0),
     "batchnorm-act": (timm.layers.BatchNormAct2d(8, act_layer=nn.ReLU6), BIT),
     "batchnorm-no-act": (timm.layers.BatchNormAct2d(8, apply_act=False), 0),
     "maxpool": (nn.MaxPool2d(3, 2, 1), HALF),
@@ -114,9 +115,11 @@ def test_batchnorm_in_train_mode_is_the_plain_one_if_the_policy_says_so(kind):
     assert lean.num_batches_tracked == plain.num_batches_tracked
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+                                  timm.layers.BatchNormAct2d])  # fmt: skip
 def test_batchnorm_in_train_mode_keeps_its_statistics_by_default(kind):
-    plain, x = ready(kind(8)), sample()
+    sizes = {nn.BatchNorm1d: (2, 8, 143), nn.BatchNorm3d: (2, 8, 13, 11, 1)}
+    plain, x = ready(kind(8)), sample().view(sizes.get(kind, X))
     lean = lean_twin(plain).train()
     assert torch.equal(forward_backward(lean, x)[0], plain(x))
     assert torch.equal(lean.running_mean, plain.running_mean)

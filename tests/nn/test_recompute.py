@@ -296,7 +296,7 @@ def test_attention_with_batch_norm_on_batch_statistics_is_not_run_twice():
     x = torch.randn(2, 3, 8, 8)
     model = nn.Sequential(Attention(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(256, 2))
     plan = plan_at(model, x, (0.0,))
-    with pytest.raises(ValueError, match="running statistics in '0'"):
+    with pytest.raises(ValueError, match=r"running statistics of '0\.1' again"):
         apply_plan(model, replace(plan, policy=Policy(batch_norm="train", attention="recompute")))
     assert type(model[0][0]) is nn.Conv2d
     apply_plan(model, replace(plan, policy=Policy(attention="recompute")))
@@ -345,6 +345,25 @@ def test_two_epochs_under_recomputation_train_as_without():
         steps.append([model.get_submodule(name).weight.detach() for name in plan.pool])
     for lean, recomputed_ in zip(*steps, strict=True):
         assert_same(recomputed_, lean)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A BatchNorm that nobody taught, so that it uses the batch's own statistics under any policy."""
+
+
+@pytest.mark.parametrize("unit", ["1", "1.0:2"])
+def test_an_untaught_batch_norm_is_not_run_twice_and_its_batch_not_parted(unit):
+    blocks = (nn.Sequential(nn.Conv2d(8, 32, 1), OwnNorm(32), nn.GELU(), nn.Conv2d(32, 8, 1)) for _ in range(4))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Flatten(), nn.Linear(128, 2)).eval()
+    plan = plan_at(model, torch.randn(2, 3, 4, 4), (0.0,))
+    with pytest.raises(ValueError, match=r"statistics of '1\.1' again; wanted .* a type that was taught"):
+        apply_plan(model, replace(plan, policy=Policy(recompute=(unit,))))
+    assert not hasattr(model, "trady")
+    policy = choose_recompute(plan, model, (1024, 3, 4, 4)).policy
+    chosen = apply_plan(model, replace(plan, policy=policy))
+    chosen.train()(torch.randn(8, 3, 4, 4)).sum().backward()
+    assert [norm.num_batches_tracked.item() for norm in model.modules() if isinstance(norm, OwnNorm)] == [1] * 4
+    assert policy.recompute_parts == 1
 
 
 class Shared(nn.Module):

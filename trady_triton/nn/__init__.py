@@ -10,7 +10,7 @@ from trady_triton.nn.convert import AppliedPlan, apply_plan, remove_plan
 from trady_triton.nn.dropout import LeanDropout
 from trady_triton.nn.layer_norm import LeanLayerNorm
 from trady_triton.nn.linear import LeanLinear
-from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d
+from trady_triton.nn.norm import LeanBatchNorm1d, LeanBatchNorm2d, LeanBatchNorm3d, LeanSyncBatchNorm
 from trady_triton.nn.packed_input import normalized, packed
 from trady_triton.nn.pool import LeanAvgPool2d, LeanMaxPool2d
 from trady_triton.nn.smooth import LeanGELU, LeanHardswish, LeanSiLU
@@ -21,6 +21,8 @@ register_lean(nn.Conv2d, LeanConv2d)
 register_lean(nn.Linear, LeanLinear)
 register_lean(nn.BatchNorm1d, LeanBatchNorm1d)
 register_lean(nn.BatchNorm2d, LeanBatchNorm2d)
+register_lean(nn.BatchNorm3d, LeanBatchNorm3d)
+register_lean(nn.SyncBatchNorm, LeanSyncBatchNorm)
 register_lean(nn.ReLU, LeanReLU)
 register_lean(nn.ReLU6, LeanReLU6)
 register_lean(nn.LeakyReLU, LeanLeakyReLU)

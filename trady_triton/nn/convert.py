@@ -7,7 +7,7 @@ state and another forward (as torch's lazy modules and `fully_shard` do). So nam
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,9 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trady_triton.arguments import expect
 from trady_triton.cost import LayerShape
 from trady_triton.nn.attention import attention_modules
-from trady_triton.nn.chain import Chain, find_runs
+from trady_triton.nn.chain import Chain, find_runs, links_of
+from trady_triton.nn.parts import updates_statistics
 from trady_triton.nn.recompute import recomputed
 from trady_triton.plan import Plan
+from trady_triton.policy import Policy
 from trady_triton.registry import is_trainable, lean_type
 from trady_triton.slot import ChannelSlot, Pool, attach_pool, detach_pool
 
@@ -110,8 +112,11 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
             inner = next((own for own in WRAPPERS if f"{own}.{name}" in modules), None)
             hint = f"give the model itself, which this one wraps as .{inner}" if inner else "rank this model"
             raise ValueError(f"layer {name!r}: the plan wants a Conv2d or Linear, found {found}; {hint}")
-        if not is_trainable(type(module)):
-            raise ValueError(f"layer {name!r}: nobody taught a lean form of {type(module).__name__}; see register_lean")
+        if not is_trainable(module):
+            raise ValueError(
+                f"layer {name!r}: nobody taught a lean form of {type(module).__name__} (see register_lean), or its "
+                "weight is no parameter but made of others at every call"
+            )
         found_sizes, wanted = _sizes(module), _planned_sizes(shape)
         if found_sizes != wanted:
             raise ValueError(
@@ -120,12 +125,21 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
     for name in plan.head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
-    find_runs(plan.policy.recompute, modules)
-    if plan.policy.attention == "recompute" and plan.policy.batch_norm == "train":
-        for name in attention_modules(model):
-            if any(isinstance(module, _BatchNorm) for module in modules[name].modules()):
-                raise ValueError(f"attention 'recompute' with batch_norm 'train': the second run would update the "
-                                 f"running statistics in {name!r} again; wanted batch_norm 'eval'")  # fmt: skip
+    for name in _updating_twice(model, plan.policy):
+        raise ValueError(f"recompute: the second run would update the running statistics of {name!r} again; wanted "
+                         "batch_norm 'eval', and a type that was taught (see register_lean)")  # fmt: skip
+
+
+def _updating_twice(model: nn.Module, policy: Policy) -> Iterator[str]:
+    """Names of the normalisations inside what is recomputed that would move their statistics twice."""
+    modules = dict(model.named_modules())
+    runs = find_runs(policy.recompute, modules)
+    units = [modules[name] for name in policy.recompute if name in modules]
+    units += [link for chain in runs for start, stop in runs[chain] for link in links_of(modules[chain])[start:stop]]
+    if policy.attention == "recompute":
+        units += [modules[name] for name in attention_modules(model)]
+    inside = {id(module) for unit in units for module in unit.modules()}
+    return (name for name, module in modules.items() if id(module) in inside and updates_statistics(module, policy))
 
 
 def _sizes(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int, tuple[int, ...]]:

@@ -58,25 +58,29 @@ def lean_batch_norm(module: _BatchNorm, x: Tensor, policy: Policy) -> Tensor | N
     return packed_call(run, x, planes(x), policy, module.weight, module.bias)
 
 
-class LeanBatchNorm1d(nn.BatchNorm1d):
-    """nn.BatchNorm1d that keeps nothing while its statistics and its affine are frozen."""
+class LeanBatchNorm(_BatchNorm):
+    """A BatchNorm that keeps nothing while its statistics and its affine are frozen; to be put before torch's class."""
 
     policy: Policy = Policy()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [N, C] or [N, C, L] -> the same shape."""
+        """Input [N, C, *S] -> the same shape."""
         self._check_input_dim(input)
         y = lean_batch_norm(self, input, self.policy)
         return super().forward(input) if y is None else y
 
 
-class LeanBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that keeps nothing while its statistics and its affine are frozen."""
+class LeanBatchNorm1d(LeanBatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d: input [N, C] or [N, C, L]."""
 
-    policy: Policy = Policy()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Input [N, C, H, W] -> the same shape."""
-        self._check_input_dim(input)
-        y = lean_batch_norm(self, input, self.policy)
-        return super().forward(input) if y is None else y
+class LeanBatchNorm2d(LeanBatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d: input [N, C, H, W]."""
+
+
+class LeanBatchNorm3d(LeanBatchNorm, nn.BatchNorm3d):
+    """nn.BatchNorm3d: input [N, C, D, H, W]."""
+
+
+class LeanSyncBatchNorm(LeanBatchNorm, nn.SyncBatchNorm):
+    """nn.SyncBatchNorm: input [N, C, *S]; nothing is exchanged while it normalises by its running statistics."""

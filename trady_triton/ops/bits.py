@@ -27,6 +27,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
 def pack_bits(mask: Tensor) -> Tensor:
     """Bools that are dense, in any order of dimensions -> uint8 [ceil(n / 8)], in memory order; overwrites the mask."""
     flat = mask.as_strided((mask.numel(),), (1,))
+    if torch.compiler.is_compiling():  # which forgets what is written through a view by as_strided
+        flat = flat.clone()
     return pack(F.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat, 1)
 
 
