@@ -14,12 +14,13 @@ from nn.kept import forward_backward, lean_twin
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.ops.misc import SqueezeExcitation
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import Plan, TraDyOptimizer, apply_plan, make_plan, rank_layers
 from trady_triton.nn.activation import LeanReLU
 from trady_triton.policy import Policy
-from trady_triton.slot import find_slot
+from trady_triton.slot import ChannelSlot, find_slot
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=4),
@@ -214,3 +215,20 @@ def test_a_backward_of_compiled_code_after_a_new_draw_is_an_error():
     optimizer.resample(1)
     with pytest.raises(RuntimeError, match="before the last resample"):
         loss.backward()
+
+
+def test_a_packed_gate_of_which_nothing_is_drawn_compiles():
+    found = []
+    for draws in ((), (0, 2)):
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            lean = lean_twin(SqueezeExcitation(8, 4), activations=8)
+            slot = lean.fc1.slot = ChannelSlot("fc1", lean.fc1.weight, 1, "")
+            slot.set(draws)
+            run = torch.compile(lean, backend="aot_eager") if compiled else lean
+            found.append(
+                (forward_backward(run, torch.linspace(-1, 1, 3 * 8 * 15).view(3, 8, 5, 3))[1], slot.proxy.grad)
+            )
+    for eager, compiled in (found[:2], found[2:]):
+        torch.testing.assert_close(compiled, eager)

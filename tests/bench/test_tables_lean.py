@@ -46,6 +46,12 @@ def test_timms_checkpointing_keeps_no_fewer_bytes(name: str) -> None:
     assert row["lean"]["kept"] <= row.get("checkpointed", row["full"])["kept"]
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_packing_keeps_no_more_than_what_is_exact(name: str) -> None:
+    row = rows()[name]
+    assert row["8 bits"]["kept"] <= row["lean"]["kept"]
+
+
 @pytest.mark.parametrize(("name", "bar"), PEAKS.items())
 def test_a_step_peaks_near_inference(name: str, bar: float) -> None:
     row = rows()[name]

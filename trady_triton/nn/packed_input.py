@@ -52,7 +52,8 @@ class _PackedInput(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 y = ctx.run(x.view_as(x))  # no leaf: hooks that meters put on a module's inputs refuse those
             wanted = trained if dx is None else [*trained, x]
-            grads = torch.autograd.grad(y, wanted, dy_part)
+            # Compiled code takes every slot for drawn: the proxies of those that are not take no part.
+            grads = torch.autograd.grad(y, wanted, dy_part, materialize_grads=True)
             for total, grad in zip(sums, grads, strict=False):
                 total += grad
             for dx_part in out:
