@@ -65,7 +65,7 @@ class LeanBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [N, C, *S] -> the same shape."""
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         y = lean_batch_norm(self, input, self.policy)
         return super().forward(input) if y is None else y
 
