@@ -1,7 +1,6 @@
 """The lean autograd Functions against dense autograd in float64."""
 
 import gc
-from itertools import product
 
 import pytest
 import torch
@@ -95,7 +94,7 @@ def gradcheck_subset(f, inputs, wanted):
     assert torch.autograd.gradcheck(f, inputs)
 
 
-SUBSETS = [wanted for wanted in product([False, True], repeat=3) if any(wanted)]
+SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

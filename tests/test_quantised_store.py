@@ -92,8 +92,10 @@ def test_calls_of_different_sizes_are_each_charged_to_the_byte(store, tmp_path):
         assert kept.by_layer[name] == 4 * plan.cost.activation_cost(plan.shapes[name])
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [("resnet18", "int4"), ("mobilenetv2_035", "int8"), ("swin_tiny_patch4_window7_224", "int4")],
+)
 def test_a_network_keeps_no_more_than_its_budget_and_the_ledger_knows_it(name, store):
     small = {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)} if "swin" in name else {}
     torch.manual_seed(0)
@@ -176,11 +178,10 @@ def test_recomputed_stores_are_bit_equal(store):
     assert all(torch.equal(slot.proxy.grad, expected[slot.layer]) for slot in slots(net))
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_compiled_once_for_all_draws_with_the_gradients_of_eager(store):
+def test_compiled_once_for_all_draws_with_the_gradients_of_eager():
     torch._dynamo.reset()
     net = toy_net(torch.float32)
-    plan = toy_plan(net, "8KiB", batch_size=3, store=store)
+    plan = toy_plan(net, "8KiB", batch_size=3, store="int4")
     apply_plan(net, plan)
     optimizer = TraDyOptimizer(net.parameters(), plan, lr=0.1)
     counter = CompileCounterWithBackend("aot_eager")
