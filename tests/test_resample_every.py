@@ -58,6 +58,13 @@ def test_skipped_steps_and_steps_at_learning_rate_zero_do_not_count():
     optimizer.zero_grad()
     measure(net, optimizer, x, y)
     assert optimizer.epoch == 1
+    net = toy_net()
+    plan = toy_plan(net, 1200)
+    apply_plan(net, plan)
+    groups = [{"params": net.head.parameters(), "lr": 0.0}, {"params": [net.stem.weight], "lr": 1.0}]
+    optimizer = TraDyOptimizer(groups, resample_every=1)
+    train_step(net, optimizer)
+    assert optimizer.epoch == 1  # a group of learning rate 0 beside another one
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"algorithm": "adamw"}], ids=["sgd", "momentum", "adamw"])
@@ -85,8 +92,12 @@ def test_resume_between_two_draws_is_exact(options):
 
 
 def test_a_step_that_would_draw_while_a_forward_waits_changes_nothing():
-    net, _, optimizer = planned(1)
+    net, _, optimizer = planned(2)
     x, y = toy_batches()[0]
+    waiting = net(x).sum()
+    train_step(net, optimizer)  # draws nothing
+    del waiting
+    optimizer.zero_grad()
     F.cross_entropy(net(x), y).backward()
     waiting = net(x).sum()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

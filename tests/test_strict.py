@@ -120,6 +120,12 @@ def test_a_step_that_nobody_counted_is_refused() -> None:
     backward_in_parts(net, x, y, F.cross_entropy)
     with pytest.raises(RuntimeError, match=r"with optimizer.metered\(\)"):
         optimizer.step()
+    run(net, optimizer, x, y)
+    optimizer.zero_grad()
+    optimizer.resample(1)  # counts anew
+    backward_in_parts(net, x, y, F.cross_entropy)
+    with pytest.raises(RuntimeError, match=r"with optimizer.metered\(\)"):
+        optimizer.step()
 
 
 def test_an_error_inside_the_block_ends_the_count() -> None:
