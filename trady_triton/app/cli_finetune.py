@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,23 +23,35 @@ from trady_triton.app.planning import load_plan, pick_device, rank_on
 from trady_triton.app.tables import RunBar, plan_summary
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a run trains."""
+
+    epochs: Annotated[int, typer.Option(min=1)] = 10
+    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125
+    batch_size: Annotated[int, typer.Option(min=1, help="At most all images.")] = 32
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0
+    max_grad_norm: Annotated[float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")] = (
+        2.0
+    )
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1
+    augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False
+
+    def settings(self, batches: Batches) -> dict[str, Any]:
+        """Those of `Settings`."""
+        sizes = {"batch_size": batches.batch_size, "image_size": batches.image_size}
+        return asdict(self) | sizes | {"max_grad_norm": self.max_grad_norm or None}
+
+
 @command
 def finetune(
     *,
     data: Annotated[str, typer.Option(help="A folder of classes, an .npz of JPEGs, or digits.")],
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    lr: Annotated[float, typer.Option(help="Peak learning rate: linear warm-up, then a cosine to 0.")] = 0.125,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
     method: Annotated[str, typer.Option(help="trady, full (all parameters) or head (the classifier alone).")] = "trady",
+    network: Network,
+    training: Training,
     planning: Planning,
     plan: Annotated[str | None, typer.Option(help="A plan of `trady plan --out`, instead of --budget.")] = None,
-    network: Network,
-    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    max_grad_norm: Annotated[
-        float, typer.Option(min=0.0, help="Clip the norm of all gradients to this; 0: never.")
-    ] = 2.0,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
-    augment: Annotated[bool, typer.Option(help="Random crops, mirror images and colours while training.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
     out: Annotated[
         Path | None, typer.Option(callback=check_folder, help="Folder of the run; runs/NET-METHOD by default.")
@@ -57,36 +69,15 @@ def finetune(
     check_method(method, plan, planning)
     where = pick_device(device)
     pictures = load_data(data)
-    batch_size = min(batch_size, len(pictures.train.labels))  # a larger one would waste the budget, which counts it
     model = network.build(len(pictures.class_names), with_weights=not resume).to(where)
-    batches = Batches.for_model(
-        pictures,
-        model,
-        image_size=network.image_size,
-        batch_size=batch_size,
-        seed=network.seed,
-        augment=augment,
-        workers=workers,
-    )
-    settings = Settings(
-        net=network.net,
-        data=data,
-        method=method,
-        epochs=epochs,
-        lr=lr,
-        batch_size=batch_size,
-        image_size=batches.image_size,
-        optimizer=planning.optimizer,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm or None,
-        warmup=warmup,
-        augment=augment,
-        seed=network.seed,
-        planning=asdict(planning),
-    )
+    size = min(training.batch_size, len(pictures.train.labels))  # a larger one would waste the budget, which counts it
+    options = {"batch_size": size, "seed": network.seed, "augment": training.augment, "workers": workers}
+    batches = Batches.for_model(pictures, model, image_size=network.image_size, **options)
+    settings = Settings(network.net, data, method, optimizer=planning.optimizer, seed=network.seed,
+                        planning=asdict(planning), **training.settings(batches))  # fmt: skip
     chosen = None
     if method == "trady" and (file := plan or (str(folder / PLAN) if resume else None)):
-        chosen = load_plan(file, model, batches.image_size, batch_size)
+        chosen = load_plan(file, model, batches.image_size, batches.batch_size)
     elif method == "trady":
         chosen = new_plan(planning, model, batches)
     if chosen is not None:

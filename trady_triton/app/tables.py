@@ -65,7 +65,7 @@ def plan_summary(plan: Plan) -> str:
             *([f"drawn by     {plan.sampler}"] if plan.sampler != "trady" else []),
             *([f"depth        drawn too: at most {plan.dgrad_budget:.0%} of dX is expected"] if plan.depths else []),
             f"fits         from {least:,} {unit} on (one channel of {cheapest})",
-            f"always       {', '.join(plan.head) or 'no head'}: trained whole, outside the budget",
+            *([f"always       {', '.join(plan.head)}: trained whole, outside the budget"] if plan.head else []),
             *([f"stored as    {plan.store}, by stochastic rounding"] if plan.store_bits else []),
             *([f"recomputed   {units} run again in the backward{pieces}: exact"] if again else []),
         )
