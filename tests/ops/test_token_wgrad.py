@@ -231,8 +231,8 @@ def test_arguments_that_do_not_fit_are_refused(store, dy, channel_dim, name):
 def test_a_single_image_in_planes_gets_the_tiles_of_planes(monkeypatch):
     """Wide tiles of a gradient that does not lie channel by channel would need more registers than there are."""
     module, asked = importlib.import_module("trady_triton.ops.token_wgrad"), []
-    select = module.select_config
-    monkeypatch.setattr(module, "select_config", lambda op, shape, *rest: asked.append(shape) or select(op, shape, *rest))
+    real = module.select_config
+    monkeypatch.setattr(module, "select_config", lambda op, shape, *rest: asked.append(shape) or real(op, shape, *rest))
     for N, layout in ((2, "nchw"), (1, "nchw"), (1, "channels_last"), (1, "tokens")):
         token_wgrad(*make(layout, 3, N, (5, 7), 6))
     assert [shape["PQ"] for shape in asked] == [35, 35, 1, 1]
