@@ -1,5 +1,6 @@
 """Packed activation derivatives: exact in 1 bit, within half a step in 8, the nearest level in 2; in storage order."""
 
+import importlib
 import sys
 
 import pytest
@@ -42,6 +43,17 @@ def special(dtype, generator):
 def gradient(kind, x, dy):
     x = x.clone().requires_grad_()
     return torch.autograd.grad(FUNCTIONS[kind](x), x, dy)[0]
+
+
+def test_double_precision_has_the_limits_it_was_given(generator, monkeypatch):
+    """Triton passes a Python number as float32: 0.1 would be another."""
+    monkeypatch.setattr(importlib.import_module("trady_triton.ops.act_pack"), "launch", None)
+    x = torch.randn(50, dtype=torch.float64, generator=generator)
+    y, code = act_pack(x, "hardtanh", 1, -0.1, 0.1)
+    assert torch.equal(y, F.hardtanh(x, -0.1, 0.1))
+    assert torch.equal(act_unpack(x, code, "hardtanh", 1, x.stride()), x * (x.abs() < 0.1))
+    code = act_pack_(x, "hardtanh", 1, -0.1, 0.1)
+    assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

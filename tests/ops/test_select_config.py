@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,17 @@ def test_wgrad_sqnorm_stays_within_its_limits():
 def test_many_channels_go_to_cublas_where_dy_is_one_matrix(K, PQ, backend):
     shape = {"T": 25088, "O": 768, "K": K, "PQ": PQ, "bits": 0}
     assert select_config("token_wgrad", shape, torch.bfloat16, Arch("sm_90")).backend == backend
+
+
+@pytest.mark.parametrize(
+    ("name", "num_sms"),
+    [("NVIDIA A100-SXM4-80GB", 108), ("NVIDIA H100 80GB HBM3", 132), ("NVIDIA L4", 58), ("NVIDIA L40S", 7)],
+)
+def test_a_device_counts_as_its_kind_and_no_other(name, num_sms, monkeypatch):
+    found = SimpleNamespace(name=name, major=8, minor=9, multi_processor_count=7)  # as a part of a divided one has
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert module._cuda_arch.__wrapped__(0) == Arch("sm_89", num_sms)
 
 
 def forget():

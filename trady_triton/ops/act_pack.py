@@ -46,7 +46,7 @@ def _pack_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offs = start + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)
-    y, d = activate(x.to(tl.float32) if x_ptr.dtype.element_ty != tl.float64 else x, low, high, KIND)
+    y, d = activate(x.to(tl.float32), low, high, KIND)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
     noise = 0.5
     if seed_ptr is not None:
@@ -68,8 +68,7 @@ def _unpack_kernel(
 ):  # fmt: skip
     PER: tl.constexpr = 8 // BITS
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy = tl.load(dy_ptr + offs, mask=offs < n, other=0.0)
-    dy = dy.to(tl.float32) if dy_ptr.dtype.element_ty != tl.float64 else dy
+    dy = tl.load(dy_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
     code = tl.load(code_ptr + offs // PER, mask=offs < n, other=0).to(tl.int32)
     if BITS == 1:
         dx = tl.where((code >> (offs % 8).to(tl.int32)) & 1 != 0, dy * slope, 0.0)
@@ -79,6 +78,11 @@ def _unpack_kernel(
     else:
         dx = dy * ((code - ZERO).to(tl.float32) / SCALE)
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=offs < n)
+
+
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether the kernels run for x: not for fp64, as a launch passes the limits of an activation in fp32."""
+    return x.dtype != torch.float64 and use_triton(x)
 
 
 def dense_stride(x: torch.Tensor) -> tuple[int, ...]:
@@ -227,7 +231,7 @@ def code_constants(kind: str, bits: int) -> dict[str, float]:
 def _pack(
     x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not use_triton(x):
+    if not has_kernel(x):
         return act_pack_ref(x, kind, bits, low, high, seed)
     y = torch.empty_like(x)
     code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
@@ -252,7 +256,7 @@ def _pack_(x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed:
         y, code = _pack(x, kind, bits, low, high, seed)
         x.copy_(y)
         return code
-    if not use_triton(x):
+    if not has_kernel(x):
         return _pack_into(_flat(x), _flat(x), kind, bits, (low, high), seed)
     code = torch.empty(code_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     _launch_pack(x, x, code, kind, bits, low, high, seed)
@@ -260,7 +264,7 @@ def _pack_(x: torch.Tensor, kind: str, bits: int, low: float, high: float, seed:
 
 
 def _unpack(dy: torch.Tensor, code: torch.Tensor, kind: str, bits: int, stride: Sequence[int]) -> torch.Tensor:
-    if not use_triton(dy):
+    if not has_kernel(dy):
         return act_unpack_ref(dy, code, kind, bits, stride)
     dx, n = torch.empty_strided(dy.shape, stride, dtype=dy.dtype, device=dy.device), dy.numel()
     if n:

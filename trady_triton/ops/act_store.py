@@ -16,10 +16,11 @@ from trady_triton.ops.act_pack import (
     code_bytes,
     code_constants,
     derivative_code,
+    has_kernel,
     pack_bytes,
 )
 from trady_triton.ops.activation import activate, bounds
-from trady_triton.ops.dispatch import jit, launch, tl, use_triton
+from trady_triton.ops.dispatch import jit, launch, tl
 from trady_triton.ops.library import register_op
 from trady_triton.ops.philox import random16
 from trady_triton.ops.select_config import Arch, Config, Shape, rule, select_config
@@ -44,7 +45,7 @@ def _act_store_kernel(
     mask = (t < T)[:, None] & (c < C)[None, :]
     at = t[:, None] * C + c[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0)  # [BT, BC]
-    y, d = activate(x.to(tl.float32) if x_ptr.dtype.element_ty != tl.float64 else x, low, high, KIND)
+    y, d = activate(x.to(tl.float32), low, high, KIND)
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=mask)
 
@@ -99,7 +100,7 @@ def _act_store(
     x: torch.Tensor, channels: torch.Tensor, slots: torch.Tensor, layout: str, kind: str, bits: int,
     low: float, high: float, seed: torch.Tensor | None,
 ) -> Fused:  # fmt: skip
-    if not use_triton(x):
+    if not has_kernel(x):
         return act_store_ref(x, channels, slots, layout, kind, bits, low, high, seed)
     if not fusable(x, layout):
         y, code = torch.ops.trady.act_pack.default(x, kind, bits, low, high, seed)

@@ -59,7 +59,7 @@ SMOOTH = {  # derivative ranges: GELU [-0.1290, 1.1290], SiLU [-0.0999, 1.0999],
 
 @jit
 def activate(x, low, high, KIND: tl.constexpr):
-    """(activation, derivative) of fp32 or fp64 x; an exact kind has derivative 1 inside, 0 outside; NaN is inside."""
+    """(activation, derivative) of fp32 x; an exact kind has derivative 1 inside, 0 outside; NaN is inside."""
     if KIND == "gelu":
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Arch:
 def _cuda_arch(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
     name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    named = (sms for key, sms in NUM_SMS.items() if key in properties.name)
+    named = (NUM_SMS[word] for word in re.split(r"\W", properties.name) if word in NUM_SMS)
     return Arch(name, next(named, properties.multi_processor_count))
 
 
