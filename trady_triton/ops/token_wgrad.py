@@ -160,7 +160,8 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     few = BM >= 128 or bits == 4 or dtype == torch.float32 or (planes and BM == 32)
     stages = 2 if arch.hip else 3 if few else 4
     # planes whose rows may start anywhere take an address for each element
-    warps = 8 if BM * BN >= (8192 if planes and shape["PQ"] % 4 != 0 else 16384) else 4
+    full = 8192 if planes and shape["PQ"] % 4 != 0 else 16384
+    warps = 8 if BM * BN >= full else 4
     return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=warps, num_stages=stages)
 
 
