@@ -13,9 +13,9 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from trady_triton.ops import grouped_wgrad, planes_wgrad, store_channels, token_wgrad
+from trady_triton.ops import conv_wgrad, grouped_wgrad, store_channels, token_wgrad
+from trady_triton.ops.conv_wgrad import conv_wgrad_bytes
 from trady_triton.ops.grouped_wgrad import grouped_wgrad_bytes
-from trady_triton.ops.planes_wgrad import planes_wgrad_bytes
 from trady_triton.ops.token_wgrad import token_wgrad_bytes
 
 
@@ -122,10 +122,10 @@ def _conv(layer: Layer, x: Tensor, dy: Tensor, channels: Tensor) -> Work:
 
         return _counted(layer, channels, x, dy, grouped, _dense_conv(layer, x, dy), nbytes)
     store = store_channels(x, channels, "planes")
-    nbytes = planes_wgrad_bytes(store.shape, dy.shape, taps, x.itemsize, x.itemsize)
+    nbytes = conv_wgrad_bytes(store.shape, dy.shape, taps, x.itemsize, x.itemsize)
 
     def sparse() -> Tensor:
-        return planes_wgrad(store, dy, kernel, stride, padding, dilation, x.dtype)
+        return conv_wgrad(store, dy, kernel, stride, padding, dilation, x.dtype)
 
     return _counted(layer, channels, x, dy, sparse, _dense_conv(layer, x, dy), nbytes)
 

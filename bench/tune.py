@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from trady_triton.ops import grouped_wgrad, planes_wgrad, select_config, token_wgrad
+from trady_triton.ops import conv_wgrad, grouped_wgrad, select_config, token_wgrad
 from trady_triton.ops.select_config import (
     MAX_ACCUMULATORS_PER_THREAD,
     MAX_WORKSPACE_BYTES,
@@ -68,7 +68,7 @@ class Layer:
             return lambda: token_wgrad(store, dy)
         planes, dy = noise(self.K, self.N, self.P, self.Q), noise(self.N, self.O, self.P, self.Q)
         if self.kernel == "conv_wgrad":
-            return lambda: planes_wgrad(planes, dy, *geometry)
+            return lambda: conv_wgrad(planes, dy, *geometry)
         channels = torch.arange(self.K, device=device)
         width = 1 if self.kernel == "depthwise_wgrad" else 32
         return lambda: grouped_wgrad(planes, dy, channels, (width, width), *geometry)

@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from trady_triton.cost import keeps_strided_pixels
 from trady_triton.ops import (
+    conv_wgrad,
     dequantize_channels,
     grouped_wgrad,
-    planes_wgrad,
     quantize_channels,
     store_channels,
     token_wgrad,
@@ -217,7 +217,7 @@ def _conv_wgrad(
         store = dequantize_channels(store, scale, zero, "planes", draw.bits, size, dy.dtype)
     if geometry.groups > 1:
         return grouped_wgrad(store, dy, draw.channels, group, kernel, *options)
-    return planes_wgrad(store, dy, kernel, *options)
+    return conv_wgrad(store, dy, kernel, *options)
 
 
 def _ticket(draw: Draw) -> Ticket | None:

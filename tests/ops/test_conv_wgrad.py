@@ -1,5 +1,6 @@
 """The compact gradient of a convolution is the float64 gradient's slice for the selected channels."""
 
+import importlib
 import random
 
 import pytest
@@ -11,12 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.conv_cases import CONVS, Conv
 from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than, relative_error
-from trady_triton.ops import select_config
+from trady_triton.ops import conv_geometry, select_config
+from trady_triton.ops.conv_geometry import Geometry, fits_kernel
 from trady_triton.ops.conv_wgrad import conv_wgrad, conv_wgrad_bytes, conv_wgrad_ref
 from trady_triton.ops.store import padded
 
+module = importlib.import_module("trady_triton.ops.conv_wgrad")  # the package has a function of that name
+
 FP32_SUM = 2e-6  # inputs are exact in their dtype and products are added in fp32
 CHANNELS = [0, 2, 3, 7, 9]
+
+
+def planes(x, channels):
+    """The store [K, N, H, W] of x [N, C, H, W], by hand."""
+    return x[:, channels].transpose(0, 1).contiguous()
 
 
 def pixel_major(x, channels):
@@ -37,22 +46,28 @@ def force_config(monkeypatch, **fields):
     monkeypatch.setitem(select_config.RULES, "conv_wgrad", lambda *_: config)
 
 
+LAYOUTS = pytest.mark.parametrize(("lay_out", "k"), [(planes, None), (pixel_major, 5)], ids=["planes", "taps"])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("conv", CONVS, ids=lambda conv: conv.name)
-def test_kernel_equals_float64_between_poisoned_margins(conv, dtype, channels_last, generator):
+def test_kernel_equals_float64_between_poisoned_margins(conv, dtype, channels_last, lay_out, k, generator):
     x, dy = conv.draw(2, 10, 9, generator, dtype, channels_last=channels_last)
     with GuardedArena() as arena:
-        out = conv_wgrad(arena.place(pixel_major(x, CHANNELS)), arena.place(dy), 5, *conv.geometry)
+        out = conv_wgrad(arena.place(lay_out(x, CHANNELS)), arena.place(dy), *conv.geometry, k=k)
     assert_finite(out)
     assert relative_error(out, selected(conv, x, dy, CHANNELS)) <= FP32_SUM
 
 
+@LAYOUTS
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("conv", CONVS, ids=lambda conv: conv.name)
-def test_twin_equals_float64(conv, generator, monkeypatch):
+def test_twin_equals_float64(conv, channels_last, lay_out, k, generator, monkeypatch):
     monkeypatch.setenv("TRADY_TRITON_BACKEND", "torch")
-    x, dy = conv.draw(2, 10, 9, generator, torch.float64)
-    out = conv_wgrad(pixel_major(x, CHANNELS), dy, 5, *conv.geometry, torch.float64)
+    x, dy = conv.draw(2, 10, 9, generator, torch.float64, channels_last=channels_last)
+    out = conv_wgrad(lay_out(x, CHANNELS), dy, *conv.geometry, torch.float64, k=k)
     torch.testing.assert_close(out, selected(conv, x, dy, CHANNELS), rtol=1e-12, atol=1e-12)
 
 
@@ -69,7 +84,7 @@ def convolutions(draw):
 @given(convolutions(), st.integers(1, 9), st.integers(1, 20), st.integers(1, 3), st.booleans())
 def test_any_geometry_equals_float64(conv, K, O, N, channels_last):
     x, dy = conv.draw(N, K, O, torch.Generator().manual_seed(0), channels_last=channels_last)
-    out = conv_wgrad(pixel_major(x, range(K)), dy, K, *conv.geometry)
+    out = conv_wgrad(pixel_major(x, range(K)), dy, *conv.geometry, k=K)
     assert relative_error(out, selected(conv, x, dy, list(range(K)))) <= FP32_SUM
 
 
@@ -79,7 +94,7 @@ def test_splits_and_block_size_do_not_change_the_result(split, BK, generator, mo
     x, dy = conv.draw(1, 10, 9, generator)
     force_config(monkeypatch, split=split, BK=BK)
     with GuardedArena() as arena:
-        out = conv_wgrad(arena.place(pixel_major(x, CHANNELS)), arena.place(dy), 5, *conv.geometry)
+        out = conv_wgrad(arena.place(pixel_major(x, CHANNELS)), arena.place(dy), *conv.geometry, k=5)
     assert relative_error(out, selected(conv, x, dy, CHANNELS)) <= FP32_SUM
 
 
@@ -87,24 +102,25 @@ def test_gradient_is_linear_in_dy(generator):
     conv = CONVS[1]
     x, dy = conv.draw(2, 10, 9, generator)
     store = pixel_major(x, CHANNELS)
-    one, two = (conv_wgrad(store, d, 5, *conv.geometry) for d in (dy, dy.flip(1)))
-    both = conv_wgrad(store, dy + 2 * dy.flip(1), 5, *conv.geometry)
+    one, two = (conv_wgrad(store, d, *conv.geometry, k=5) for d in (dy, dy.flip(1)))
+    both = conv_wgrad(store, dy + 2 * dy.flip(1), *conv.geometry, k=5)
     assert relative_error(both, (one + 2 * two).double()) <= FP32_SUM
 
 
 def test_reordered_channels_reorder_the_rows(generator):
     conv = CONVS[1]
     x, dy = conv.draw(2, 10, 9, generator)
-    out = conv_wgrad(pixel_major(x, CHANNELS), dy, 5, *conv.geometry)
-    flipped = conv_wgrad(pixel_major(x, CHANNELS[::-1]), dy, 5, *conv.geometry)
+    out = conv_wgrad(pixel_major(x, CHANNELS), dy, *conv.geometry, k=5)
+    flipped = conv_wgrad(pixel_major(x, CHANNELS[::-1]), dy, *conv.geometry, k=5)
     assert relative_error(flipped, out.flip(0).double()) <= FP32_SUM  # BLAS, below the interpreter, sums rows by place
 
 
+@pytest.mark.parametrize("lay_out", [planes, pixel_major])
 @pytest.mark.parametrize("K", [0, 1, 8, 12])
-def test_any_number_of_channels(K, generator):
+def test_any_number_of_channels(K, lay_out, generator):
     conv = CONVS[1]
     x, dy = conv.draw(2, 12, 17, generator)
-    out = conv_wgrad(pixel_major(x, range(K)), dy, K, *conv.geometry)
+    out = conv_wgrad(lay_out(x, range(K)), dy, *conv.geometry, k=None if lay_out is planes else K)
     want = selected(conv, x, dy, list(range(K)))
     assert out.shape == want.shape
     assert K == 0 or relative_error(out, want) <= FP32_SUM
@@ -114,9 +130,9 @@ def test_padding_channels_of_the_store_do_not_matter(generator):
     conv = CONVS[1]
     x, dy = conv.draw(2, 10, 9, generator)
     store = pixel_major(x, CHANNELS)
-    out = conv_wgrad(store, dy, 5, *conv.geometry)
+    out = conv_wgrad(store, dy, *conv.geometry, k=5)
     store[..., 5:] = 1e3
-    assert torch.equal(conv_wgrad(store, dy, 5, *conv.geometry), out)
+    assert torch.equal(conv_wgrad(store, dy, *conv.geometry, k=5), out)
 
 
 @pytest.mark.parametrize("kind", ["expanded", "slice"])
@@ -124,38 +140,68 @@ def test_strided_dy_gives_the_same(kind, generator):
     conv = CONVS[1]
     x, dy = conv.draw(2, 10, 9, generator)
     strided = dy[:, :, :1, :1].expand_as(dy) if kind == "expanded" else torch.cat([dy, dy], 3)[..., : dy.shape[3]]
-    out = conv_wgrad(pixel_major(x, CHANNELS), strided, 5, *conv.geometry)
-    assert torch.equal(out, conv_wgrad(pixel_major(x, CHANNELS), strided.contiguous(), 5, *conv.geometry))
+    out = conv_wgrad(pixel_major(x, CHANNELS), strided, *conv.geometry, k=5)
+    assert torch.equal(out, conv_wgrad(pixel_major(x, CHANNELS), strided.contiguous(), *conv.geometry, k=5))
 
 
 def test_no_image_gives_zeros():
-    out = conv_wgrad(torch.empty(0, 4, 4, 8), torch.empty(0, 6, 4, 4), 3, *CONVS[0].geometry)
-    assert torch.equal(out, torch.zeros(3, 6, 3, 3))
+    for store, k in ((torch.empty(0, 4, 4, 8), 3), (torch.empty(3, 0, 4, 4), None)):
+        out = conv_wgrad(store, torch.empty(0, 6, 4, 4), *CONVS[0].geometry, k=k)
+        assert torch.equal(out, torch.zeros(3, 6, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("store_size", "size", "fits"),
+    [
+        (2**31 - 2**12, (8, 8), True),
+        (2**31 - 1, (8, 8), False),  # a tile counts on past the last element
+        (0, (8, 8), False),
+        (1, (2**15, 2**16 - 1), True),
+        (1, (2**15 + 1, 2**16 - 1), False),
+    ],
+)
+def test_offsets_have_to_fit_32_bits(store_size, size, fits):
+    for dy in (torch.empty(1, 1, *size, device="meta"), torch.empty(1, 1, 1, 1, device="meta").expand(1, 1, *size)):
+        assert fits_kernel(store_size, dy) == fits
+
+
+def test_planes_that_fit_only_without_padding_go_to_the_twin(generator, monkeypatch):
+    conv = CONVS[0]
+    x, dy = conv.draw(2, 10, 5, generator)
+    monkeypatch.setattr(conv_geometry, "MAX_OFFSET", 2 * 90 * 5)  # the kernel reads 8 channels
+    monkeypatch.setattr(module, "store_channels", None)
+    assert (
+        relative_error(conv_wgrad(planes(x, CHANNELS), dy, *conv.geometry), selected(conv, x, dy, CHANNELS)) <= FP32_SUM
+    )
 
 
 def test_rounded_result_is_as_good_as_torch(generator):
     conv = CONVS[0]
     x, dy = conv.draw(2, 10, 9, generator, torch.float16)
-    args = (pixel_major(x, CHANNELS), dy, 5, *conv.geometry)
-    want = selected(conv, x, dy, CHANNELS)
-    assert_no_worse_than(conv_wgrad(*args, torch.float16), conv_wgrad_ref(*args, torch.float16), want)
+    store, want = planes(x, CHANNELS), selected(conv, x, dy, CHANNELS)
+    low = conv_wgrad_ref(store, dy, Geometry(*conv.geometry), torch.float16)
+    assert_no_worse_than(conv_wgrad(store, dy, *conv.geometry, torch.float16), low, want)
 
 
-def test_opcheck(generator, monkeypatch):
+@LAYOUTS
+def test_opcheck(lay_out, k, generator, monkeypatch):
     monkeypatch.setenv("TRADY_TRITON_BACKEND", "torch")
     conv = CONVS[1]
     x, dy = conv.draw(2, 10, 9, generator)
-    args = (pixel_major(x, CHANNELS), dy, 5, *(list(pair) for pair in conv.geometry), torch.float32)
+    args = (lay_out(x, CHANNELS), dy, *(list(pair) for pair in conv.geometry), torch.float32, k)
     opcheck(torch.ops.trady.conv_wgrad.default, args)
 
 
-def test_flop_counter_and_bytes(generator):
+@LAYOUTS
+def test_flop_counter_and_bytes(lay_out, k, generator):
     conv = CONVS[0]
     x, dy = conv.draw(2, 10, 9, generator)
+    store = lay_out(x, CHANNELS)
     with FlopCounterMode(display=False) as counter:
-        conv_wgrad(pixel_major(x, CHANNELS), dy, 5, *conv.geometry)
+        conv_wgrad(store, dy, *conv.geometry, k=k)
     assert counter.get_total_flops() == 2 * (2 * 90) * 9 * 5 * 9
-    assert conv_wgrad_bytes((2, 9, 10, 8), (2, 9, 9, 10), 5, 9, itemsize=2) == 2 * 180 * (8 + 9) + 4 * 5 * 9 * 9
+    nbytes = conv_wgrad_bytes(store.shape, dy.shape, 9, itemsize=2, k=k)
+    assert nbytes == 2 * 180 * ((5 if k is None else 8) + 9) + 4 * 5 * 9 * 9
 
 
 def test_rule_stays_within_the_limits():
@@ -176,16 +222,17 @@ def test_rule_stays_within_the_limits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(3, 9, 10, 8)}, "images of dy"),
-        ({"x": torch.zeros(2, 9, 10, 8, dtype=torch.float16)}, "wanted contiguous"),
-        ({"x": torch.zeros(2, 8, 9, 10).permute(0, 2, 3, 1)}, "strides"),
+        ({"store": torch.zeros(3, 9, 10, 8)}, "images of dy"),
+        ({"store": torch.zeros(5, 3, 9, 10), "k": None}, "images of dy"),
+        ({"store": torch.zeros(2, 9, 10, 8, dtype=torch.float16)}, "wanted contiguous"),
+        ({"store": torch.zeros(2, 8, 9, 10).permute(0, 2, 3, 1)}, "strides"),
         ({"k": 9}, "k: got 9"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    args = {"x": torch.zeros(2, 9, 10, 8), "dy": torch.zeros(2, 9, 9, 10), "k": 5} | change
+    args = {"store": torch.zeros(2, 9, 10, 8), "k": 5} | change
     with pytest.raises(ValueError, match=message):
-        conv_wgrad(*args.values(), *CONVS[0].geometry)
+        conv_wgrad(args["store"], torch.zeros(2, 9, 9, 10), *CONVS[0].geometry, k=args["k"])
 
 
 @pytest.mark.gpu
@@ -195,7 +242,7 @@ def test_device_equals_float64_and_repeats(size, channels_last, generator):
     conv = Conv("3x3", (size, size), (3, 3), padding=(1, 1))
     x, dy = (t.cuda() for t in conv.draw(8, 24, 72, generator, torch.bfloat16, channels_last=channels_last))
     store = pixel_major(x, range(24))
-    out = conv_wgrad(store, dy, 24, *conv.geometry)
+    out = conv_wgrad(store, dy, *conv.geometry, k=24)
     assert relative_error(out, selected(conv, x, dy, list(range(24)))) <= 1e-5
     for _ in range(100):
-        assert torch.equal(conv_wgrad(store, dy, 24, *conv.geometry), out)
+        assert torch.equal(conv_wgrad(store, dy, *conv.geometry, k=24), out)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ops.numerics import relative_error
-from trady_triton.ops import grouped_wgrad, planes_wgrad, token_wgrad
+from trady_triton.ops import conv_wgrad, grouped_wgrad, token_wgrad
 from trady_triton.ops.act_pack import act_pack, act_unpack
 from trady_triton.ops.act_store import act_store, channel_slots
 from trady_triton.ops.dequantize import dequantize_channels
@@ -98,7 +98,7 @@ def weight_gradients(x, dy, channels):
     found = []
     for gradient in (shifted(dy), dy[..., :1, :1].expand_as(dy), dy[:, :, :1].expand_as(dy)):
         found.append(token_wgrad(tokens, gradient, 1))
-        found.append(planes_wgrad(planes, gradient, *geometry))
+        found.append(conv_wgrad(planes, gradient, *geometry))
         found.append(grouped_wgrad(planes, gradient, channels, (1, 1), *geometry))
     return tuple(found)
 

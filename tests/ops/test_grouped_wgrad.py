@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.conv_cases import CONVS, Conv
 from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than, relative_error
 from trady_triton.ops import select_config
+from trady_triton.ops.conv_geometry import Geometry
 from trady_triton.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_bytes, grouped_wgrad_ref
 
 module = importlib.import_module("trady_triton.ops.grouped_wgrad")  # the package has a function of that name
@@ -166,6 +167,20 @@ def test_strided_dy_gives_the_same(kind, generator):
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("group", [(1, 1), (3, 10)])
+def test_ids_and_scales_at_a_stride_are_read_as_they_are(group, generator):
+    conv = CONVS[0]
+    x, dy = draw(conv, group, generator)
+    codes = planes(x, CHANNELS).mul(50).to(torch.uint8)
+    strided = ids([channel for c in CHANNELS for channel in (c, 4)])[::2]
+    scale, zero = (torch.rand(2, 4, generator=generator).bfloat16().t() for _ in range(2))
+    out, want = (
+        grouped_wgrad(codes, dy, channels, group, *conv.geometry, scale=scale, zero=zero)
+        for channels, scale, zero in ((strided, scale, zero), (ids(CHANNELS), scale.contiguous(), zero.contiguous()))
+    )
+    assert torch.equal(out, want)
+
+
 def test_no_image_gives_zeros():
     args = torch.empty(2, 0, 4, 4), torch.empty(0, 6, 4, 4), ids([0, 3]), (1, 1)
     assert torch.equal(grouped_wgrad(*args, *CONVS[0].geometry), torch.zeros(2, 1, 3, 3))
@@ -175,8 +190,11 @@ def test_no_image_gives_zeros():
 def test_rounded_result_is_as_good_as_torch(group, generator):
     conv = CONVS[0]
     x, dy = draw(conv, group, generator, torch.float16)
-    args = (planes(x, CHANNELS), dy, ids(CHANNELS), group, *conv.geometry, torch.float16)
-    assert_no_worse_than(grouped_wgrad(*args), grouped_wgrad_ref(*args), selected(conv, x, dy, CHANNELS, group))
+    args = (planes(x, CHANNELS), dy, ids(CHANNELS), group)
+    low = grouped_wgrad_ref(*args, Geometry(*conv.geometry), torch.float16)
+    assert_no_worse_than(
+        grouped_wgrad(*args, *conv.geometry, torch.float16), low, selected(conv, x, dy, CHANNELS, group)
+    )
 
 
 def test_opcheck(generator, monkeypatch):
@@ -228,12 +246,18 @@ def test_rules_stay_within_the_limits():
         ({"x": torch.zeros(4, 2, 9, 10, dtype=torch.float16)}, "wanted contiguous"),
         ({"channels": ids([1, 2])}, "channels: got"),
         ({"group": (1, 4)}, "group: got 4"),
+        ({"x": torch.zeros(4, 2, 9, 10, dtype=torch.uint8), "scale": torch.ones(4, 2)}, "one of them"),
+        (
+            {"x": torch.zeros(4, 2, 9, 10, dtype=torch.uint8), "scale": torch.ones(4), "zero": torch.ones(4)},
+            "scale: got",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
     good = {"x": torch.zeros(4, 2, 9, 10), "dy": torch.zeros(2, 6, 9, 10), "channels": ids(CHANNELS), "group": (1, 1)}
+    geometry = dict(zip(("kernel_size", "stride", "padding", "dilation"), CONVS[0].geometry, strict=True))
     with pytest.raises(ValueError, match=message):
-        grouped_wgrad(*(good | change).values(), *CONVS[0].geometry)
+        grouped_wgrad(**(good | geometry | change))
 
 
 @pytest.mark.gpu

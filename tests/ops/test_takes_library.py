@@ -5,7 +5,7 @@ import torch
 
 from tests.ops.conv_cases import CONVS
 from tests.ops.numerics import relative_error
-from trady_triton.ops import dispatch, grouped_wgrad, planes_wgrad, select_config, store_channels, token_wgrad
+from trady_triton.ops import conv_wgrad, dispatch, grouped_wgrad, select_config, store_channels, token_wgrad
 from trady_triton.ops import wgrad_sqnorm as sqnorm
 from trady_triton.ops.select_config import Arch, Config
 
@@ -20,7 +20,7 @@ def token(generator):
 
 def conv(generator):
     x, dy = CONV.draw(2, 6, 9, generator)
-    out = planes_wgrad(store_channels(x, CHANNELS, "planes"), dy, *CONV.geometry)
+    out = conv_wgrad(store_channels(x, CHANNELS, "planes"), dy, *CONV.geometry)
     return out, CONV.dense_wgrad64(x, dy)[:, CHANNELS].transpose(0, 1)
 
 
@@ -68,7 +68,7 @@ def test_mm_of_a_config_runs_the_library_unless_kernels_are_forced(kernel, backe
     launched, launch = [], dispatch.launch
     monkeypatch.setitem(select_config.RULES, kernel, named)
     monkeypatch.setenv("TRADY_TRITON_BACKEND", backend)
-    for room in ("token_wgrad", "conv_wgrad", "planes_wgrad", "grouped_wgrad", "depthwise_wgrad", "wgrad_norm"):
+    for room in ("token_wgrad", "conv_wgrad", "grouped_wgrad", "depthwise_wgrad", "wgrad_norm"):
         module = __import__(f"trady_triton.ops.{room}", fromlist=["launch"])
         if hasattr(module, "use_triton"):  # as on a GPU
             monkeypatch.setattr(module, "use_triton", lambda tensor: True)

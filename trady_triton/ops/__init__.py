@@ -9,7 +9,6 @@ from trady_triton.ops.bias_grad import bias_grad
 from trady_triton.ops.conv_wgrad import conv_wgrad
 from trady_triton.ops.dequantize import dequantize_channels
 from trady_triton.ops.grouped_wgrad import grouped_wgrad
-from trady_triton.ops.planes_wgrad import planes_wgrad
 from trady_triton.ops.quantize import quantize_channels
 from trady_triton.ops.scatter_update import adamw_corrections, adamw_hyper, scatter_update_, sgd_hyper, update_tables
 from trady_triton.ops.splitk_reduce import splitk_reduce_
@@ -29,7 +28,6 @@ __all__ = [
     "conv_wgrad_sqnorm",
     "dequantize_channels",
     "grouped_wgrad",
-    "planes_wgrad",
     "quantize_channels",
     "scatter_update_",
     "sgd_hyper",

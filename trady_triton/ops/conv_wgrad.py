@@ -1,21 +1,24 @@
 """Weight gradient of the selected input channels of a convolution with groups = 1 and more than one tap.
 
-N images, K selected channels, Kp = K rounded up to 8, O out, H x W input pixels, P x Q output pixels, R x S taps,
-store [N, H, W, Kp] (layout PM), dy [N, O, P, Q].
+N images, K selected channels, Kp = K rounded up to 8, O out, H x W input pixels, P x Q output pixels, R x S taps;
+store [K, N, H, W] ("planes") or [N, H, W, Kp] ("taps"), dy [N, O, P, Q].
 
 An implicit matrix product [R S Kp, N P Q] x [N P Q, O]: row (r, s, j) of the left operand is channel j shifted to tap
 (r, s), read from the pixel-major store in 16-byte pieces. It is loaded as [rows, pixels] so that the dot needs no
-transpose: then its load is asynchronous on sm_80 too.
+transpose: then its load is asynchronous on sm_80 too. What waits for the backward must not pay for channels rounded
+up, so a budget counts planes, which are turned here, layer by layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from trady_triton.ops.conv_geometry import (
+    Geometry,
     ceil_div,
     check_pair,
     fit_padding,
@@ -28,7 +31,7 @@ from trady_triton.ops.dispatch import INTERPRET, jit, launch, takes_library, tl,
 from trady_triton.ops.library import register_op
 from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, select_config, split_count
 from trady_triton.ops.splitk_reduce import splitk_reduce_launch
-from trady_triton.ops.store import padded
+from trady_triton.ops.store import padded, store_channels
 from trady_triton.ops.tile import dot_precision, tile_dot
 from trady_triton.ops.workspace import workspace
 
@@ -74,32 +77,20 @@ def _conv_wgrad_kernel(
 
 
 def conv_wgrad_ref(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    k: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """What `conv_wgrad` computes, by torch's convolution backward on the compact data (cuDNN on a GPU)."""
-    return dense_wgrad(x[..., :k].permute(0, 3, 1, 2), dy, kernel_size, stride, padding, dilation, out_dtype)
-
-
-def dense_wgrad(
-    x: torch.Tensor, dy: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], out_dtype: torch.dtype,
+    store: torch.Tensor, dy: torch.Tensor, geometry: Geometry, out_dtype: torch.dtype = torch.float32,
+    k: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """dW [K, O, R, S] of x [N, K, H, W], by torch."""
-    if x.shape[1] == 0 or dy.numel() == 0:
-        return dy.new_zeros(x.shape[1], dy.shape[1], *kernel_size, dtype=out_dtype)
-    x, padding = fit_padding(upcast(x), dy.shape[2:], kernel_size, stride, padding, dilation)
+    """What `conv_wgrad` computes, by torch's convolution backward on the compact data (cuDNN on a GPU)."""
+    x = store.transpose(0, 1) if k is None else store[..., :k].permute(0, 3, 1, 2)
+    O, K = dy.shape[1], x.shape[1]
+    if K == 0 or dy.numel() == 0:
+        return dy.new_zeros(K, O, *geometry.kernel_size, dtype=out_dtype)
+    x, padding = fit_padding(upcast(x), dy.shape[2:], geometry)
     if dy.is_contiguous(memory_format=torch.channels_last):  # else torch would turn dy, which is larger
         x = x.contiguous(memory_format=torch.channels_last)
-    weight = x.new_empty(()).expand(dy.shape[1], x.shape[1], *kernel_size)
+    weight = x.new_empty(()).expand(O, K, *geometry.kernel_size)
     _, dw, _ = torch.ops.aten.convolution_backward(
-        upcast(dy), x, weight, None, stride, padding, dilation, False, (0, 0), 1, (False, True, False)
+        upcast(dy), x, weight, None, geometry.stride, padding, geometry.dilation, False, (0, 0), 1, (False, True, False)
     )
     result: torch.Tensor = dw.transpose(0, 1).to(out_dtype).contiguous()
     return result
@@ -129,106 +120,105 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     )
 
 
-def _launch(
-    x: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, k: int, config: Config, kernel_size: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-) -> None:  # fmt: skip
+def _launch(x: torch.Tensor, dy: torch.Tensor, out: torch.Tensor, k: int, config: Config, geometry: Geometry) -> None:
     """Fill out: partials [split, TAPS, K, O] where `config` splits, else the result [K, O, R, S]."""
     (N, H, W, Kp), (O, P, Q) = x.shape, dy.shape[1:]
     BM, BN, BK = (config.meta[name] for name in ("BM", "BN", "BK"))
-    taps = kernel_size[0] * kernel_size[1]
     image, pixel, channel = image_strides(dy)
     launch(
-        _conv_wgrad_kernel, (ceil_div(taps * Kp, BM), ceil_div(O, BN), config.split),
+        _conv_wgrad_kernel, (ceil_div(geometry.taps * Kp, BM), ceil_div(O, BN), config.split),
         x, dy, out, N, O, k, Kp // 8, image, pixel, ceil_div(ceil_div(N * P * Q, BK), config.split),
-        config=config, H=H, W=W, PQ=P * Q, Q=Q, TAPS=taps, S=kernel_size[1],
-        STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel, PARTIAL=config.split > 1,
-        PREC=dot_precision(x.dtype), UP=INTERPRET,
+        config=config, H=H, W=W, PQ=P * Q, Q=Q, TAPS=geometry.taps, **geometry.constants(), CHANNEL=channel,
+        PARTIAL=config.split > 1, PREC=dot_precision(x.dtype), UP=INTERPRET,
     )  # fmt: skip
 
 
-def conv_config(dy: torch.Tensor, k: int, kernel_size: Sequence[int]) -> Config:
-    """What runs for k channels and dy [N, O, P, Q]."""
-    O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
-    shape = {"T": dy.numel() // O, "O": O, "K": k, "TAPS": taps, "PQ": dy.shape[2] * dy.shape[3]}
-    return select_config("conv_wgrad", shape, dy.dtype, Arch.of(dy.device))
-
-
-def conv_wgrad_impl(
-    x: torch.Tensor, dy: torch.Tensor, k: int, kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], out_dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """The op: x [N, H, W, Kp], dy [N, O, P, Q] -> [K, O, R, S]."""
-    geometry = (kernel_size, stride, padding, dilation)
-    dy = in_place(dy)
-    if k == 0 or not use_triton(x) or not fits_kernel(x, dy):
-        return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)
-    config = conv_config(dy, k, kernel_size)
-    if takes_library(config):
-        return conv_wgrad_ref(x, dy, k, *geometry, out_dtype)
-    O, taps = dy.shape[1], kernel_size[0] * kernel_size[1]
-    out = torch.empty(k, O, *kernel_size, dtype=out_dtype, device=dy.device)
+def _by_kernel(
+    x: torch.Tensor, dy: torch.Tensor, k: int, config: Config, geometry: Geometry, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """[K, O, R, S] from x [N, H, W, Kp], in one pass or two."""
+    out = torch.empty(k, dy.shape[1], *geometry.kernel_size, dtype=out_dtype, device=dy.device)
     if config.split == 1:
-        _launch(x, dy, out, k, config, *geometry)
+        _launch(x, dy, out, k, config, geometry)
         return out
-    partials = workspace(dy.device, config.split * out.numel()).view(config.split, taps, k, O)
-    _launch(x, dy, partials, k, config, *geometry)
-    return splitk_reduce_launch(out, partials, taps=taps)
+    partials = workspace(dy.device, config.split * out.numel()).view(config.split, geometry.taps, k, dy.shape[1])
+    _launch(x, dy, partials, k, config, geometry)
+    return splitk_reduce_launch(out, partials, taps=geometry.taps)
+
+
+def _impl(
+    store: torch.Tensor, dy: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], out_dtype: torch.dtype, k: int | None,
+) -> torch.Tensor:  # fmt: skip
+    geometry = Geometry(kernel_size, stride, padding, dilation)
+    K = store.shape[0] if k is None else k
+    size = store[:1].numel() * padded(K) if k is None else store.numel()
+    if K > 0 and use_triton(store) and fits_kernel(size, dy := in_place(dy)):
+        O, P, Q = dy.shape[1:]
+        shape = {"T": dy.numel() // O, "O": O, "K": K, "TAPS": geometry.taps, "PQ": P * Q}
+        config = select_config("conv_wgrad", shape, dy.dtype, Arch.of(dy.device))
+        if not takes_library(config):
+            if k is None:
+                store = store_channels(store.transpose(0, 1), torch.arange(K, device=store.device), "taps")
+            return _by_kernel(store, dy, K, config, geometry, out_dtype)
+    return conv_wgrad_ref(store, dy, geometry, out_dtype, k)
 
 
 def _fake(
-    x: torch.Tensor, dy: torch.Tensor, k: int, kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], out_dtype: torch.dtype,
+    store: torch.Tensor, dy: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], out_dtype: torch.dtype, k: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    return dy.new_empty(k, dy.shape[1], *kernel_size, dtype=out_dtype)
+    return dy.new_empty(store.shape[0] if k is None else k, dy.shape[1], *kernel_size, dtype=out_dtype)
 
 
 def conv_wgrad_flops(
-    x_shape: torch.Size, dy_shape: torch.Size, k: int, kernel_size: Sequence[int], *_: Any, **__: Any
-) -> int:
+    store_shape: torch.Size, dy_shape: torch.Size, kernel_size: Sequence[int], stride: Any, padding: Any,
+    dilation: Any, out_dtype: Any, k: int | None = None, **_: Any,
+) -> int:  # fmt: skip
     """2 N P Q R S K O."""
-    N, O, P, Q = dy_shape
-    return 2 * N * P * Q * kernel_size[0] * kernel_size[1] * k * O
+    return 2 * dy_shape.numel() * kernel_size[0] * kernel_size[1] * (store_shape[0] if k is None else k)
 
 
 def conv_wgrad_bytes(
-    x_shape: Sequence[int], dy_shape: Sequence[int], k: int, taps: int, itemsize: int, out_itemsize: int = 4
-) -> int:
-    """Bytes that a perfect kernel moves: the store [N, H, W, Kp] and dy [N, O, P, Q] read once, the result written."""
-    (N, H, W, Kp), (_, O, P, Q) = x_shape, dy_shape
-    return itemsize * N * (H * W * Kp + P * Q * O) + out_itemsize * k * O * taps
+    store_shape: Sequence[int], dy_shape: Sequence[int], taps: int, itemsize: int, out_itemsize: int = 4,
+    k: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes that a perfect kernel moves: the store and dy [N, O, P, Q] read once, the result written."""
+    K = store_shape[0] if k is None else k
+    return itemsize * (math.prod(store_shape) + math.prod(dy_shape)) + out_itemsize * K * dy_shape[1] * taps
 
 
 _op = register_op(
-    "conv_wgrad(Tensor x, Tensor dy, SymInt k, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-    "ScalarType out_dtype) -> Tensor",
-    conv_wgrad_impl,
+    "conv_wgrad(Tensor store, Tensor dy, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    "ScalarType out_dtype, SymInt? k) -> Tensor",
+    _impl,
     _fake,
     conv_wgrad_flops,
 )
 
 
 def conv_wgrad(
-    x: torch.Tensor,
+    store: torch.Tensor,
     dy: torch.Tensor,
-    k: int,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     out_dtype: torch.dtype = torch.float32,
+    *,
+    k: int | None = None,
 ) -> torch.Tensor:
     """Compact weight gradient [K, O, R, S] in `out_dtype` of a convolution, accumulated in fp32.
 
-    x: store [N, H, W, Kp] of which the first k channels count; dy: [N, O, P, Q] of x's dtype in any memory format, read
-    in place. `padding` is top and left: pixels outside the image are zeros, and P and Q say how far bottom and right
-    reach. Repeatable bit for bit. A quantised store goes through dequantize_channels first: that pass is short against
-    dy, and reading codes here would cost the asynchronous 16-byte loads.
+    store: [K, N, H, W] ("planes" of store_channels) of dy's dtype; with `k`, [N, H, W, Kp] ("taps") of which the first
+    k channels count, as the kernel reads it. dy: [N, O, P, Q] in any memory format, read in place. `padding` is top and
+    left: pixels outside the image are zeros, and P and Q say how far bottom and right reach. Repeatable bit for bit. A
+    quantised store goes through dequantize_channels first: that pass is short against dy, and reading codes here would
+    cost the asynchronous 16-byte loads.
     Raises: ValueError for sizes, dtypes or strides that do not fit.
     """
-    check_pair(x, x.shape[0], dy, dy.dtype)
-    if not 0 <= k <= x.shape[3]:
-        raise ValueError(f"k: got {k}, wanted at most the {x.shape[3]} channels of the store")
-    out: torch.Tensor = _op(x, dy, k, kernel_size, stride, padding, dilation, out_dtype)
+    check_pair(store, 1 if k is None else 0, dy, dy.dtype)
+    if k is not None and not 0 <= k <= store.shape[3]:
+        raise ValueError(f"k: got {k}, wanted at most the {store.shape[3]} channels of the store")
+    out: torch.Tensor = _op(store, dy, kernel_size, stride, padding, dilation, out_dtype, k)
     return out

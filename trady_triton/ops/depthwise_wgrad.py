@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_triton.ops.conv_geometry import ceil_div, image_strides
+from trady_triton.ops.conv_geometry import Geometry, ceil_div, image_strides
 from trady_triton.ops.dispatch import INTERPRET, jit, launch, tl
 from trady_triton.ops.select_config import Arch, Config, Shape, next_power_of_2, rule, split_count
 from trady_triton.ops.tile import dot_precision, tile_dot
@@ -105,32 +105,26 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     return Config(meta, num_warps=4, num_stages=2 if arch.hip else 3, split=split)
 
 
-def depthwise_shape(
-    x: torch.Tensor, dy: torch.Tensor, M: int, kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> dict[str, int]:  # fmt: skip
+def depthwise_shape(x: torch.Tensor, dy: torch.Tensor, M: int, geometry: Geometry) -> dict[str, int]:
     """The sizes that the rule asks for."""
+    (R, S), (_, stride), (_, left), (_, dilation) = geometry
     return {
         "ROWS": x.shape[0] * M, "N": x.shape[1], "W": x.shape[3], "P": dy.shape[2], "Q": dy.shape[3],
-        "R": kernel_size[0], "S": kernel_size[1], "STRIDE_W": stride[1], "LEFT": padding[1], "DILATION_W": dilation[1],
+        "R": R, "S": S, "STRIDE_W": stride, "LEFT": left, "DILATION_W": dilation,
     }  # fmt: skip
 
 
 def depthwise_wgrad_launch(
     x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None,
-    out: torch.Tensor, config: Config, group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
+    out: torch.Tensor, config: Config, group: Sequence[int], geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fill out [splits, K, M, R, S]; group = (input, output) channels of a group."""
-    (K, N, H, W), (P, Q) = x.shape, dy.shape[2:]
+    (K, N, H, W), (P, Q), (R, _) = x.shape, dy.shape[2:], geometry.kernel_size
     image, pixel, channel = image_strides(dy)
     steps = ceil_div(N * P * ceil_div(Q, config.meta["BQ"]), config.meta["BK"])
-    rows = K * group[1]
     launch(
-        _depthwise_wgrad_kernel, (rows, ceil_div(kernel_size[0], config.meta["RB"]), config.split),
-        x, scale, zero, channels, dy, out, N, rows, *group, image, pixel, ceil_div(steps, config.split),
-        config=config, H=H, W=W, P=P, Q=Q, R=kernel_size[0], S=kernel_size[1],
-        STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel,
+        _depthwise_wgrad_kernel, (K * group[1], ceil_div(R, config.meta["RB"]), config.split),
+        x, scale, zero, channels, dy, out, N, K * group[1], *group, image, pixel, ceil_div(steps, config.split),
+        config=config, H=H, W=W, P=P, Q=Q, R=R, **geometry.constants(), CHANNEL=channel,
         PREC=dot_precision(dy.dtype), UP=INTERPRET,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from trady_triton.ops.conv_geometry import (
+    Geometry,
     ceil_div,
     check_pair,
     fit_padding,
@@ -74,32 +75,23 @@ def _grouped_wgrad_kernel(
 
 
 def grouped_wgrad_ref(
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    channels: torch.Tensor,
-    group: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out_dtype: torch.dtype = torch.float32,
-    *,
-    scale: torch.Tensor | None = None,
-    zero: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, group: Sequence[int], geometry: Geometry,
+    out_dtype: torch.dtype = torch.float32, *, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """What `grouped_wgrad` computes, by torch's convolution backward with every selected channel as its own group."""
     K, M = x.shape[0], group[1]
     if K == 0 or dy.numel() == 0:
-        return dy.new_zeros(K, M, *kernel_size, dtype=out_dtype)
+        return dy.new_zeros(K, M, *geometry.kernel_size, dtype=out_dtype)
     if scale is not None and zero is not None:
         x = dequantize_channels_ref(x, scale, zero, "planes", 8, x.shape, dy.dtype)
-    planes, padding = fit_padding(upcast(x).transpose(0, 1), dy.shape[2:], kernel_size, stride, padding, dilation)
+    planes, padding = fit_padding(upcast(x).transpose(0, 1), dy.shape[2:], geometry)
     picked = dy.unflatten(1, (-1, M)).index_select(1, channels // group[0]).flatten(1, 2)  # [N, K M, P, Q]
-    weight = planes.new_empty(()).expand(K * M, 1, *kernel_size)
+    weight = planes.new_empty(()).expand(K * M, 1, *geometry.kernel_size)
     _, dw, _ = torch.ops.aten.convolution_backward(
-        upcast(picked), planes, weight, None, stride, padding, dilation, False, (0, 0), K, (False, True, False)
-    )
-    result: torch.Tensor = dw.view(K, M, *kernel_size).to(out_dtype)
+        upcast(picked), planes, weight, None, geometry.stride, padding, geometry.dilation, False, (0, 0), K,
+        (False, True, False),
+    )  # fmt: skip
+    result: torch.Tensor = dw.view(K, M, *geometry.kernel_size).to(out_dtype)
     return result
 
 
@@ -119,38 +111,29 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
 
 def _launch(
     x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None,
-    out: torch.Tensor, config: Config, group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
+    out: torch.Tensor, config: Config, group: Sequence[int], geometry: Geometry,
 ) -> None:  # fmt: skip
     """Fill out [splits, K, M, R, S]."""
     (K, N, H, W), (P, Q) = x.shape, dy.shape[2:]
     image, pixel, channel = image_strides(dy)
-    taps = kernel_size[0] * kernel_size[1]
-    tiles = ceil_div(taps, config.meta["BM"]) * ceil_div(group[1], config.meta["BN"])
+    tiles = ceil_div(geometry.taps, config.meta["BM"]) * ceil_div(group[1], config.meta["BN"])
     steps = ceil_div(ceil_div(N * P * Q, config.meta["BK"]), config.split)
     launch(
         _grouped_wgrad_kernel, (K, tiles, config.split),
         x, scale, zero, channels, dy, out, N, K, *group, image, pixel, steps,
-        config=config, H=H, W=W, PQ=P * Q, Q=Q, TAPS=taps, S=kernel_size[1],
-        STRIDE_H=stride[0], STRIDE_W=stride[1], TOP=padding[0], LEFT=padding[1],
-        DILATION_H=dilation[0], DILATION_W=dilation[1], CHANNEL=channel,
+        config=config, H=H, W=W, PQ=P * Q, Q=Q, TAPS=geometry.taps, **geometry.constants(), CHANNEL=channel,
         PREC=dot_precision(dy.dtype), UP=INTERPRET,
     )  # fmt: skip
 
 
-def _choose(
-    x: torch.Tensor, dy: torch.Tensor, M: int, kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> tuple[Any, Config]:  # fmt: skip
+def _choose(x: torch.Tensor, dy: torch.Tensor, M: int, geometry: Geometry) -> tuple[Any, Config]:
     """The launch function and the config of the kernel that suits these sizes."""
     arch = Arch.of(x.device)
     if M <= MAX_DIAGONAL_OUTPUTS:
-        shape = depthwise_shape(x, dy, M, kernel_size, stride, padding, dilation)
-        config = select_config("depthwise_wgrad", shape, dy.dtype, arch)
+        config = select_config("depthwise_wgrad", depthwise_shape(x, dy, M, geometry), dy.dtype, arch)
         if config.backend != "taps":
             return depthwise_wgrad_launch, config
-    T = dy.shape[0] * dy.shape[2] * dy.shape[3]
-    shape = {"K": x.shape[0], "M": M, "TAPS": kernel_size[0] * kernel_size[1], "T": T}
+    shape = {"K": x.shape[0], "M": M, "TAPS": geometry.taps, "T": dy[:, 0].numel()}
     return _launch, select_config("grouped_wgrad", shape, dy.dtype, arch)
 
 
@@ -159,20 +142,21 @@ def _impl(
     group: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], out_dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    geometry = (kernel_size, stride, padding, dilation)
-    dy = in_place(dy)
-    if not use_triton(x) or not fits_kernel(x, dy):
-        return grouped_wgrad_ref(x, dy, channels, group, *geometry, out_dtype, scale=scale, zero=zero)
-    fill, config = _choose(x, dy, group[1], *geometry)
-    if takes_library(config):
-        return grouped_wgrad_ref(x, dy, channels, group, *geometry, out_dtype, scale=scale, zero=zero)
-    out = torch.empty(x.shape[0], group[1], *kernel_size, dtype=out_dtype, device=dy.device)
-    if config.split == 1:
-        fill(x, dy, channels, scale, zero, out, config, group, *geometry)
-        return out
-    partials = workspace(dy.device, config.split * out.numel()).view(config.split, -1)
-    fill(x, dy, channels, scale, zero, partials, config, group, *geometry)
-    return splitk_reduce_launch(out, partials)
+    geometry = Geometry(kernel_size, stride, padding, dilation)
+    if use_triton(x) and fits_kernel(x.numel(), dy := in_place(dy)):
+        channels = channels.contiguous()
+        if scale is not None and zero is not None:
+            scale, zero = scale.contiguous(), zero.contiguous()
+        fill, config = _choose(x, dy, group[1], geometry)
+        if not takes_library(config):
+            out = torch.empty(x.shape[0], group[1], *kernel_size, dtype=out_dtype, device=dy.device)
+            if config.split == 1:
+                fill(x, dy, channels, scale, zero, out, config, group, geometry)
+                return out
+            partials = workspace(dy.device, config.split * out.numel()).view(config.split, -1)
+            fill(x, dy, channels, scale, zero, partials, config, group, geometry)
+            return splitk_reduce_launch(out, partials)
+    return grouped_wgrad_ref(x, dy, channels, group, geometry, out_dtype, scale=scale, zero=zero)
 
 
 def _fake(
@@ -236,7 +220,10 @@ def grouped_wgrad(
     """
     if (scale is None) != (zero is None):
         raise ValueError("scale and zero: got one of them, wanted both or neither")
-    check_pair(x, x.shape[1], dy, torch.uint8 if scale is not None else dy.dtype)
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tensor is not None and tensor.shape != x.shape[:2]:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)}, wanted {tuple(x.shape[:2])}")
+    check_pair(x, 1, dy, torch.uint8 if scale is not None else dy.dtype)
     if channels.shape != x.shape[:1] or channels.is_floating_point():
         raise ValueError(f"channels: got {channels.dtype} {tuple(channels.shape)}, wanted {x.shape[0]} integers")
     if dy.shape[1] % group[1]:

@@ -6,19 +6,15 @@ python tests/ops/aot/dry_run.py --ci                 # the cases with ci=True; o
 python tests/ops/aot/dry_run.py --match vit_base --no-compile
 """
 
-import argparse
 import copy
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from unittest.mock import patch
 
 import timm
 import torch
-import triton
-from harness import TARGETS, registers_and_stack
+from harness import arguments, compile_all, violations
 from nn.nets import shapes_in_order
 from pretended import pretended_cuda
 from torch.utils._python_dispatch import _disable_current_modes
@@ -128,44 +124,29 @@ STEPS = [
     Step("vit_base_patch16_224", 128, 224, "512MiB", autocast=BF16),
     Step("resnet18", 1024, 384, "4GiB", autocast=BF16),  # activations of more than 2^31 elements
 ]  # fmt: skip
-VARIANTS = {}  # variant -> the first step that asked for it
-
-
-def compile_variant(number):
-    """A sentence for each thing that is wrong with the binary of a variant."""
-    (kernel, signature, constexprs, attrs, options), step = list(VARIANTS.items())[number]
-    source = triton.compiler.ASTSource(
-        kernel, dict(signature), dict(constexprs), {path: list(map(list, value)) for path, value in attrs}
-    )
-    name = f"{kernel.fn.__name__} {dict(signature)} {dict(constexprs)} of {step}"
-    try:
-        binary = triton.compile(source, target=TARGETS["sm_90"], options=options.__dict__)
-    except Exception as error:  # every variant is to be heard of
-        return [f"{name}: {error!r}"]
-    spilled = registers_and_stack(binary)[1]
-    return [f"{name}: {spilled} bytes of spills"] if spilled else []
 
 
 def main():
     """Run, compile, print what was launched; exits 1 with one line a problem."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ci", action="store_true", help="only the steps with ci=True; one variant of each kernel")
-    parser.add_argument("--match", default="", help="only steps with MATCH in their name")
+    parser = arguments(__doc__)
     parser.add_argument("--no-compile", action="store_true", help="run the steps only")
-    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    found = []
+    found, variants = [], {}
     for step in (step for step in STEPS if options.match in step.name and (step.ci or not options.ci)):
         recorded = run(step)
         found += [f"{step.name}: {sentence}" for sentence in dict.fromkeys(recorded.problems)]
-        VARIANTS.update({launch.variant: step.name for launch in recorded.launches if launch.variant not in VARIANTS})
-        counts = Counter(launch.kernel.fn.__name__ for launch in recorded.launches)
+        for launch in recorded.launches:
+            variants.setdefault(launch.variant, (f"{launch.name} {launch.constants} of {step.name}", launch))
+        counts = Counter(launch.name for launch in recorded.launches)
         print(f"{step.name}: {len({launch.variant for launch in recorded.launches})} variants, {dict(counts)}")
-    first = {variant[0]: number for number, variant in reversed(list(enumerate(VARIANTS)))}
-    chosen = [] if options.no_compile else list(first.values()) if options.ci else range(len(VARIANTS))
-    with ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
-        found += [sentence for sentences in pool.map(compile_variant, chosen) for sentence in sentences]
-    print(f"{len(VARIANTS)} variants, {len(chosen)} compiled, {len(found)} problems", *found, sep="\n")
+    first = {launch.name: (name, launch) for name, launch in reversed(variants.values())}
+    chosen = [] if options.no_compile else list((first if options.ci else variants).values())
+    found += [
+        line
+        for (_, launch), row in zip(chosen, compile_all(chosen, options.jobs), strict=True)
+        for line in violations(launch, row)
+    ]
+    print(f"{len(variants)} variants, {len(chosen)} compiled, {len(found)} problems", *found, sep="\n")
     sys.exit(bool(found))
 
 

@@ -1,6 +1,6 @@
-"""A CUDA device that is not there: fake tensors on it, the host code of our ops run for real, every launch recorded.
+"""A device that is not there: fake tensors on it, the host code of our ops run for real, every launch recorded.
 
-    with pretended_cuda() as recorded:
+    with pretended_cuda("sm_80") as recorded:
         x = torch.empty(8, 768, device="cuda")
         store_channels(x, channels, "tokens")
     recorded.launches[0].signature, recorded.launches[0].grid
@@ -11,6 +11,7 @@ tensor on the host (`.item()`, `.tolist()`, a boolean index) raises, as fake ten
 """
 
 import contextlib
+import re
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,7 +26,26 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+from trady_triton.ops import select_config
+
+
+def _device(name, major, minor, multi_processor_count, gib, **more):
+    return SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=multi_processor_count,
+                           total_memory=gib << 30, **more)  # fmt: skip
+
+
+DEVICES = {
+    "sm_80": _device("NVIDIA A100-SXM4-80GB", 8, 0, 108, 80),
+    "sm_90": _device("NVIDIA H100 80GB HBM3", 9, 0, 132, 80),
+    "sm_100": _device("NVIDIA B200", 10, 0, 148, 180),
+    "gfx942": _device("AMD Instinct MI300X", 9, 4, 304, 192, gcnArchName="gfx942:sramecc+:xnack-"),
+}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 ALIGNMENT = 512  # of the CUDA allocator
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -34,6 +54,7 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 class Launch:
     """One launch: what triton would compile, and where it would run."""
 
+    arch: str
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[object, object], ...]
@@ -44,7 +65,27 @@ class Launch:
     @property
     def variant(self):
         """What is compiled once."""
-        return self.kernel, self.signature, self.constexprs, self.attrs, self.options
+        return self.arch, self.kernel, self.signature, self.constexprs, self.attrs, self.options
+
+    @property
+    def name(self):
+        """The kernel's name, as the rules have it."""
+        return self.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+    @property
+    def constants(self):
+        """{argument: value} of those that are constants."""
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constexprs}
+
+    @property
+    def is_fp32(self):
+        """Whether dy is."""
+        return dict(self.signature).get("dy_ptr") == "*fp32"
+
+    @property
+    def tile(self):
+        """{argument: size} of those that a config names."""
+        return {name: value for name, value in self.constants.items() if re.fullmatch("RB|B(?!ITS)[A-Z]+", name)}
 
 
 class Recorded(TorchDispatchMode):
@@ -136,14 +177,17 @@ def _layout(tensor):
 class _Driver:
     """What JITFunction asks of triton's active driver."""
 
+    def __init__(self, arch):
+        self.arch = arch
+
     def get_current_device(self):
-        return _CURRENT.device
+        return self.arch, _CURRENT.device  # JITFunction keeps by it how it specialises
 
     def get_current_stream(self, device):
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return TARGETS[self.arch]
 
 
 _CURRENT = SimpleNamespace(device=0)
@@ -180,14 +224,14 @@ def _refused(arguments, grid):
     return found + [f"grid {grid}" for size, most in zip(grid, MAX_GRID, strict=True) if not 0 < size <= most]
 
 
-def _recorder(recorded):
+def _recorder(recorded, arch):
     """A `JITFunction._do_compile` that returns a binary which records its launch."""
 
     def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
         def run(x, y, z, stream, function, metadata, launch_metadata, enter, exit, *values):
             arguments = dict(zip(self.arg_names, values, strict=True))
             grid, parts = (x, y, z), (tuple(signature.items()), _frozen(constexprs), _frozen(attrs))
-            recorded.launches.append(Launch(self, *parts, options, grid))
+            recorded.launches.append(Launch(arch, self, *parts, options, grid))
             recorded.problems += [f"{self.fn.__name__}: {text}" for text in _refused(arguments, grid)]
 
         return SimpleNamespace(run=run, launch_metadata=lambda *_: None, function=0, packed_metadata=())
@@ -202,19 +246,21 @@ def _frozen(mapping):
 
 
 @contextlib.contextmanager
-def pretended_cuda():
-    """The launches inside the block, in which torch.cuda says that there are H100s."""
-    recorded = Recorded()
+def pretended_cuda(arch="sm_90"):
+    """The launches inside the block, in which torch.cuda says that there are devices of that architecture."""
+    recorded, device = Recorded(), DEVICES[arch]
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (FakeTensor, "data_ptr", _address),
-            (JITFunction, "_do_compile", _recorder(recorded)),
-            (triton.runtime.driver, "_active", _Driver()),
+            (JITFunction, "_do_compile", _recorder(recorded, arch)),
+            (triton.runtime.driver, "_active", _Driver(arch)),
             (torch.autograd, "_engine_run_backward", engine.run_backward),
             (torch._C, "_current_graph_task_id", lambda: 1),  # else a checkpoint runs again for each tensor
             (torch.Tensor, "pin_memory", _pin),
-            (torch.cuda, "get_device_properties", lambda device=None: H100),
-            (torch.cuda, "get_device_capability", lambda device=None: (H100.major, H100.minor)),
+            (select_config, "_cuda_arch", select_config._cuda_arch.__wrapped__),
+            (torch.version, "hip", "7.0" if TARGETS[arch].backend == "hip" else None),
+            (torch.cuda, "get_device_properties", lambda index=None: device),
+            (torch.cuda, "get_device_capability", lambda index=None: (device.major, device.minor)),
             (torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0)),
             (torch.cuda, "current_device", lambda: _CURRENT.device),
             (torch.cuda, "_exchange_device", _exchange_device),
