@@ -161,8 +161,7 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     stages = 2 if arch.hip else 3 if few else 4
     # planes whose rows may start anywhere take an address for each element
     full = 8192 if planes and shape["PQ"] % 4 != 0 else 16384
-    warps = 8 if BM * BN >= full else 4
-    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=warps, num_stages=stages)
+    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=4 if full > BM * BN else 8, num_stages=stages)
 
 
 @rule("token_wgrad")
