@@ -24,7 +24,7 @@ def test_dx_of_a_channels_last_convolution(stride, groups):
     dy = torch.randn_like(nn.functional.conv2d(x, weight, None, stride, 1, 1, groups))
     dx = gradient(lambda x: lean_conv2d(x, weight, None, None, geometry), x, dy)
     expected = gradient(lambda x: nn.functional.conv2d(x, weight, None, stride, 1, 1, groups), x, dy)
-    torch.testing.assert_close(dx, expected)
+    assert (dx - expected).norm() <= 1e-3 * expected.norm()  # cuDNN may take tf32, and another algorithm
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 

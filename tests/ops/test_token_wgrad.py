@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.numerics import GuardedArena, assert_finite, assert_no_worse_than, relative_error
@@ -13,6 +14,7 @@ from trady_triton.ops import token_matmul
 from trady_triton.ops.dequantize import dequantize_channels_ref
 from trady_triton.ops.quantize import quantize_channels_ref
 from trady_triton.ops.tile import dot_precision
+from trady_triton.ops.token_layout import out_of_int32
 from trady_triton.ops.token_wgrad import token_wgrad, token_wgrad_ref
 
 module = importlib.import_module("trady_triton.ops.token_wgrad")  # the package has a function of that name
@@ -226,6 +228,13 @@ def test_the_result_has_the_requested_dtype(generator):
 def test_arguments_that_do_not_fit_are_refused(store, dy, channel_dim, name):
     with pytest.raises(ValueError, match=name):
         token_wgrad(store, dy, channel_dim)
+
+
+def test_offsets_have_64_bits_where_memory_is_larger_than_32_reach():
+    with FakeTensorMode():
+        assert not out_of_int32(torch.empty(1 << 15, (1 << 16) - 1, dtype=torch.bfloat16))
+        assert out_of_int32(torch.empty(3), torch.empty(1 << 15, 1 << 16, dtype=torch.bfloat16))
+        assert not out_of_int32(torch.empty(1).expand(1 << 15, 1 << 16))
 
 
 def test_a_single_image_in_planes_gets_the_tiles_of_planes(monkeypatch):

@@ -70,7 +70,5 @@ def in_same_batches(x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def out_of_int32(*tensors: torch.Tensor) -> bool:
-    """Whether an offset (in elements) into one of the tensors needs 64 bits."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31 for x in tensors
-    )
+    """Whether an offset (in elements) into the memory of one of the tensors needs 64 bits."""
+    return any(x.untyped_storage().nbytes() >= x.itemsize << 31 for x in tensors)
