@@ -80,8 +80,8 @@ def test_a_truncated_file_is_an_error(saved, share):
     [
         ({"model": {}}, "not a checkpoint of this program"),
         ([1, 2], "not a checkpoint of this program"),
-        ({"format": "trady_triton.checkpoint", "version": 99}, "version 99, this program reads version 2"),
-        ({"format": "trady_triton.checkpoint", "version": 2, "run": {}}, "damaged"),
+        ({"format": "trady_triton.checkpoint", "version": 99}, "version 99, this program reads version 3"),
+        ({"format": "trady_triton.checkpoint", "version": 3, "run": {}}, "damaged"),
     ],
 )
 def test_a_foreign_file_is_an_error(tmp_path, content, message):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,14 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_said(run, tmp_path, fo
 def test_resume_with_another_setting_is_an_error(run):
     assert run("--budget", 3000).exit_code == 0
     assert "that run had lr = 0.125, this one has 0.5" in error_of(run("--budget", 3000, "--lr", 0.5, "--resume"))
+
+
+def test_a_run_goes_on_where_its_data_was_moved_but_not_with_other_data(run, npz, tmp_path):
+    assert run("--method", "head").exit_code == 0
+    moved = run("--method", "head", "--resume", data=shutil.copy(npz, tmp_path / "moved.npz"))
+    assert moved.exit_code == 0, moved.output
+    other = run("--method", "head", "--resume", data=write_npz(tmp_path / "other.npz", train=25))
+    assert "that run had data = '24 + 8 images of 3 classes (" in error_of(other)
 
 
 def test_resume_with_another_plan_is_an_error(run):

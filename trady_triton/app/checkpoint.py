@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from trady_triton.serial import written_whole
 
 FORMAT = "trady_triton.checkpoint"
-VERSION = 2
+VERSION = 3
 PREVIOUS = ".previous"
 
 

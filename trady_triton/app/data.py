@@ -9,6 +9,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -43,6 +44,13 @@ class Data:
     test: Pictures
     class_names: tuple[str, ...]
     is_photo: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """What it holds, as far as labels tell; the same wherever its files lie."""
+        labels = repr((self.train.labels, self.test.labels, self.class_names))
+        sizes = f"{len(self.train.labels)} + {len(self.test.labels)} images of {len(self.class_names)} classes"
+        return f"{sizes} ({sha256(labels.encode()).hexdigest()[:8]})"
 
 
 def load_data(source: str) -> Data:

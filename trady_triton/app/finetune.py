@@ -167,7 +167,7 @@ class Run:
             ValueError: none can be read, or it is of a run with other settings.
         """
         saved = Checkpoint.load_newest(self.out / CHECKPOINT, note)
-        for name, value in self.settings.flat().items():
+        for name, value in self._identity().items():
             if (before := saved.run.get(name)) != value:
                 raise ValueError(f"{self.out / CHECKPOINT}: that run had {name} = {before!r}, this one has {value!r}")
         saved.restore(self.model, self.optimizer, self.scheduler)
@@ -204,9 +204,13 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint."""
         progress = {"epoch": self.epoch, "step": self.step, "tally": asdict(self.tally)}
-        state = Checkpoint.take(self.settings.flat(), self.model, self.optimizer, self.scheduler, **progress)
+        state = Checkpoint.take(self._identity(), self.model, self.optimizer, self.scheduler, **progress)
         state.save(self.out / CHECKPOINT)
         self.saved, self.saved_at = (self.epoch, self.step), time.monotonic()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run that goes on with a checkpoint must have in common; its data may have moved."""
+        return {**self.settings.flat(), "data": self.batches.data.fingerprint}
 
     def _train_epoch(self, on_step: Callable[[Tally], None], interrupted: Callable[[], bool]) -> Record:
         def after_step(tally: Tally) -> None:
