@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -385,3 +386,27 @@ def test_a_first_group_of_frozen_parameters_alone_has_no_say_in_the_device():
     optimizer = TraDyOptimizer(groups, plan)
     assert optimizer.param_groups[0]["params"] == []
     assert optimizer.join_device == net.head.weight.device
+
+
+def test_gradients_that_model_zero_grad_leaves_are_told_of():
+    net, _, optimizer = planned()
+    optimizer.resample(0)
+    x, y = toy_batches()[0]
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for clear in (
+            lambda: None,
+            optimizer.zero_grad,
+            lambda: optimizer.zero_grad(set_to_none=False),
+            lambda: [setattr(leaf, "grad", None) for leaf in leaves],
+            lambda: [leaf.grad.zero_() for leaf in leaves if leaf.grad is not None],
+        ):
+            clear()
+            for _ in range(2):
+                F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    net.zero_grad()
+    with pytest.warns(UserWarning, match=r"the last step has used: model\.zero_grad\(\) does not see") as told:
+        F.cross_entropy(net(x), y).backward()
+    assert {warning.filename for warning in told} == {__file__}

@@ -210,7 +210,7 @@ class TraDyOptimizer(ChannelGroups, Joinable):
             self._clip()
             self._update()
         for slot in self._all_slots():
-            slot.draw.unapplied = False
+            slot.settle()
         self._processes.forget()
         if is_applied:
             self._count(steps)

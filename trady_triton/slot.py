@@ -52,9 +52,10 @@ class Draw:
     """One draw of one slot: `channels` [K] int64, ascending, and the proxy of the compact gradient.
 
     `is_first` marks the empty one that a slot starts with. `unapplied` tells whether a backward has added to the
-    proxy's gradient since the last optimizer step, `averaged` whether the gradient is the mean over the processes that
-    train together. `factor`, [K, 1] or [K, O/G], multiplies the gradient in the update; None leaves it as it is. Where
-    the store is quantised, `bits` is 8 or 4 and `noise`, [1] int64, the seed of its rounding.
+    proxy's gradient since the last optimizer step, `applied` is the gradient of that step and its version after one
+    more change, `averaged` tells whether the gradient is the mean over the processes that train together. `factor`,
+    [K, 1] or [K, O/G], multiplies the gradient in the update; None leaves it as it is. Where the store is quantised,
+    `bits` is 8 or 4 and `noise`, [1] int64, the seed of its rounding.
     """
 
     def __init__(self, channels: Tensor, proxy: Tensor, bits: int = 0, noise: Tensor | None = None) -> None:
@@ -66,6 +67,7 @@ class Draw:
         self.factor: Tensor | None = None
         self.replaced = False
         self.unapplied = False
+        self.applied: tuple[weakref.ref[Tensor], int] | None = None
         self.averaged = False
         # By a weak reference: a cycle would keep replaced gradients until the garbage collector runs.
         proxy.register_post_accumulate_grad_hook(partial(_note_gradient, weakref.ref(self)))  # type: ignore[no-untyped-call]
@@ -82,8 +84,14 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
     if proxy.numel() == 0:
         proxy.grad = None  # compiled code runs the backward of every layer of the pool, drawn or not
         return
-    draw.unapplied = True
-    draw.averaged = False
+    grad = proxy.grad
+    if draw.applied is not None and grad is draw.applied[0]() and grad is not None and grad._version == draw.applied[1]:
+        warnings.warn(
+            "this backward adds to gradients that the last step has used: model.zero_grad() does not see those of the "
+            "drawn channels; call optimizer.zero_grad()",
+            stacklevel=5,
+        )
+    draw.unapplied, draw.applied, draw.averaged = True, None, False
 
 
 class ChannelSlot:
@@ -136,6 +144,12 @@ class ChannelSlot:
     def is_pending(self) -> bool:
         """Whether the proxy holds a gradient that no optimizer step has applied."""
         return self.draw.unapplied and self.proxy.grad is not None
+
+    def settle(self) -> None:
+        """An optimizer step has applied the gradient, or left it out."""
+        grad = self.proxy.grad
+        self.draw.unapplied = False
+        self.draw.applied = None if grad is None else (weakref.ref(grad), grad._version + 1)
 
     @property
     def is_stale(self) -> bool:
