@@ -31,6 +31,8 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Without this forward its derivative would have to be recorded in the first one: that graph keeps weights which
+        # are made on the way, standardised or cast, and nothing tells those from what is made of x.
         x = torch.empty_strided(ctx.shape, ctx.strides, **ctx.options).zero_().requires_grad_()
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             y = ctx.run(x.view_as(x))  # no leaf: hooks that meters put on a module's inputs refuse those
