@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from trady_triton.bench.case import count, failure, seconds
+from trady_triton.bench.case import agree, count, failure, ratios_of, seconds
 from trady_triton.bench.config import RESULTS, Mode, bars_nets_of, device_of, results_folder, settings
 from trady_triton.bench.gate import Gate
 from trady_triton.bench.methods import METHODS, Method
@@ -76,25 +76,26 @@ def measure(net: Net, budget: str) -> Row:
         way: {"kept_bytes": counts[way]["kept_bytes"], "peak_bytes": counts[way]["peak_bytes"], "ms": times[way]}
         for way in WAYS
     }
-    medians = {way: statistics.median(rounds(figures, way)) for way in PAIRS}
+    medians = {way: statistics.median(_ratios(figures, way)) for way in PAIRS}
     return {"status": "ok", "ratios": medians, **figures}
 
 
-def rounds(row: Row, way: str) -> list[float]:
-    """Of the times of a way to its rival's, neighbour by neighbour."""
-    return [a / b for a, b in zip(row[way]["ms"], row[PAIRS[way]]["ms"], strict=True)]
+def _ratios(row: Row, way: str) -> list[float]:
+    return ratios_of(row[way]["ms"], row[PAIRS[way]]["ms"])
 
 
 def timed(trainings: dict[str, Training], step: Step) -> dict[str, list[float]]:
-    """Milliseconds of steps, all ways in turn: ROUNDS in each of DRAWS epochs."""
+    """Milliseconds of steps, all ways in turn: at most ROUNDS in each of DRAWS epochs."""
     times: dict[str, list[float]] = {way: [] for way in trainings}
     for epoch in range(DRAWS):
         for training in trainings.values():
             training.begin(epoch)
             training.step(step)
-        for _ in range(ROUNDS):
+        for turn in range(1, ROUNDS + 1):
             for way, training in trainings.items():
                 times[way].append(1e3 * seconds(training, step))
+            if all(agree(ratios_of(times[way][-turn:], times[rival][-turn:])) for way, rival in PAIRS.items()):
+                break
     return times
 
 
@@ -108,7 +109,7 @@ def bars_table(content: Row) -> str:
         if row["status"] != "ok":
             lines.append((name, f"{row['status']}: {row['why']}", *["-"] * 5))
             continue
-        ranges = [(min(rounds(row, way)), max(rounds(row, way))) for way in PAIRS]
+        ranges = [(min(_ratios(row, way)), max(_ratios(row, way))) for way in PAIRS]
         times = [f"{row['ratios'][way]:.2f} ({a:.2f} to {b:.2f})" for way, (a, b) in zip(PAIRS, ranges, strict=True)]
         lines.append((name, *times, *(mib(row[way]["kept_bytes"]) for way in WAYS)))
     return markdown(columns, lines)

@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -24,8 +24,8 @@ from trady_triton.ledger import storage_bytes
 from trady_triton.meters import FlopsByKind, KeptBytes, peak_memory
 from trady_triton.rehearsal import Step, slots_of
 
-EPOCHS = 3  # of the draws, the one that keeps most is counted
-MIN_ROUNDS = 2  # no more rounds than these are timed where their ratios lie no further apart than a tie
+EPOCHS = 2  # of the draws, the one that keeps most is counted
+MIN_ROUNDS = 2
 
 
 class Bench:
@@ -89,21 +89,31 @@ class Bench:
     def _timed(self, training: Training, step: Step, repeats: int) -> dict[str, Any]:
         """Milliseconds of steps of the method, and of full fine-tuning of the whole batch, in turn; each draws anew.
 
-        What is timed has been counted, so it has run before, and a new draw takes a step that is not timed, as it
-        serves an epoch in training. Rounds end early where their ratios agree.
+        What is timed has been counted, so it has run before, and a new draw trains a micro-batch that is not timed, as
+        it serves an epoch in training. Rounds end early where their ratios agree.
         """
         mine: list[float] = []
         full: list[float] = []
         for repeat in range(repeats):
             training.begin(repeat)
             if training.start_epoch is not None:
-                training.step(step)
+                training.step(_beginning(step, 1))
             mine.append(1e3 * seconds(training, step))
             full.append(1e3 * seconds(self._full, self.whole))
-            ratios = sorted(a / b for a, b in zip(mine, full, strict=True))
-            if repeat + 1 >= MIN_ROUNDS and ratios[-1] <= (1 + TIE) * ratios[0]:
+            ratios = ratios_of(mine, full)
+            if agree(ratios):
                 break
         return {"ms": mine, "full_ms": full, "ratio": statistics.median(ratios)}
+
+
+def ratios_of(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of times that were taken in turn."""
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
+
+
+def agree(ratios: Sequence[float]) -> bool:
+    """Whether no more rounds are needed: they lie no further apart than a tie."""
+    return len(ratios) >= MIN_ROUNDS and max(ratios) <= (1 + TIE) * min(ratios)
 
 
 def failure(error: Exception) -> dict[str, str]:
@@ -123,7 +133,7 @@ def count(
     activations, gradients, optimizer state, adapters, ids of channels. Compiled code is counted by the CUDA allocator,
     or not at all.
     """
-    step, device = _beginning(step), step.inputs.device
+    step, device = _beginning(step, 2), step.inputs.device  # from the second part on each finds the first's gradients
     epochs = range(EPOCHS) if training.start_epoch else range(1)
     kept_in = [_kept(training, step, epoch, is_compiled) for epoch in epochs]
     epoch = kept_in.index(max(kept_in))
@@ -151,9 +161,9 @@ def _flops(training: Training, step: Step) -> dict[str, int]:
     return {kind: getattr(flops, kind) for kind in ("forward_flops", "dgrad_flops", "wgrad_flops")}
 
 
-def _beginning(step: Step) -> Step:
-    """The step's first two parts: from the second on each finds the gradients of the first, and peaks alike."""
-    inputs, target = step.first(2 * (step.micro_batch or step.size))
+def _beginning(step: Step, parts: int) -> Step:
+    """The step's first micro-batches."""
+    inputs, target = step.first(parts * (step.micro_batch or step.size))
     return replace(step, inputs=inputs, target=target)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from trady_triton.bench.bench_bars import DRAWS, ROUNDS, bars_table
+from trady_triton.bench.case import MIN_ROUNDS
 from trady_triton.bench.config import RESULTS
 from trady_triton.bench.equal_memory import TIE, front, points, verdict_table, verdicts
 from trady_triton.bench.methods import in_order
@@ -29,8 +30,9 @@ The last column is the gate: the relative error of the gradients of all that is 
 float64 (optimizers: float32); a method that fails it shows no speed."""
 ON_BARS = f"""The rival trains the layers that TraDy's epoch has drawn, whole, in plain PyTorch, with all else frozen \
 and BatchNorm in eval mode: once as it is, beside lean layers where nothing is recomputed; once under timm's \
-checkpointing, beside the blocks that `choose_recompute` picks. All ways take steps in turn, {ROUNDS} in each of \
-{DRAWS} draws, after one that is not timed; the median of the ratios of neighbours counts; their range follows it."""
+checkpointing, beside the blocks that `choose_recompute` picks. All ways take steps in turn, {MIN_ROUNDS} or \
+{ROUNDS} in each of {DRAWS} draws, after one that is not timed; the median of the ratios of neighbours counts; their \
+range follows it."""
 ON_EQUAL_MEMORY = f"""Each method runs at micro-batches from the batch down; times are ratios to full \
 fine-tuning of the whole batch. The table takes every peak between the smallest in which TraDy works and twice \
 that, wherever an answer changes, and shows the fastest way within it: TraDy, the same pool of layers trained \

@@ -20,7 +20,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 OUTSIDE = "outside the model"
@@ -308,7 +307,16 @@ def _feeds_leaf(node: Any) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors among arguments or results; written out, as a step under a meter spends its time here."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    found: list[Tensor] = []
+    for leaf in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, list | tuple | dict):
+            found += _tensors(leaf)
+    return found
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

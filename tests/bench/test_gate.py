@@ -105,15 +105,12 @@ def idle(model: nn.Module, setup: Setup):
     return partial.full(model, replace(setup, lr=0.0))
 
 
-@pytest.mark.parametrize(
-    ("build", "contract", "is_green"),
-    [(planned.trady_lean, "channels", True), (partial.pool_dense, "dense", True), (halved, "dense", False)],
-)
-def test_where_kernels_run_the_gate_runs_in_their_precision_too(bench, monkeypatch, build, contract, is_green) -> None:
+@pytest.mark.parametrize(("build", "is_green"), [(planned.trady_lean, True), (halved, False)])
+def test_where_kernels_run_the_gate_runs_in_their_precision_too(bench, monkeypatch, build, is_green) -> None:
     gate = Gate(bench.net, bench.budgets)
     monkeypatch.setattr(gate, "precisions", (SINGLE,))
-    verdict = gate.check(Method("single", build, contract, {"budget": "64KiB"}))
-    assert verdict.limit > 1e-5
+    verdict = gate.check(Method("single", build, "channels", {"budget": "64KiB"}))
+    assert verdict.limit > 1e-4
     assert verdict.is_green == is_green, verdict
 
 
