@@ -280,9 +280,18 @@ def test_a_schedule_may_not_turn_on_what_the_budget_has_not_counted():
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 def test_states_follow_a_model_that_was_moved_after_the_optimizer_was_made(kind):
-    net, _, optimizer = planned(kind, dtype=torch.float32)
+    net, _, optimizer = planned(kind, dtype=torch.float32, state_policy="reset")
     net.double()
     optimizer.resample(0)
     train_step(net, optimizer)
-    found = {value.dtype for state in optimizer.state.values() for name, value in state.items() if name != "step"}
-    assert found == {torch.float64}
+    before = states_of(optimizer)
+    assert {value.dtype for name, value in before if name != "step"} == {torch.float64}
+    net.float()
+    optimizer.zero_grad()
+    optimizer.resample(0)  # no new draw: nothing starts from zero
+    for (name, value), (_, old) in zip(states_of(optimizer), before, strict=True):
+        torch.testing.assert_close(value, old, check_dtype=False, msg=name)
+
+
+def states_of(optimizer):
+    return [item for state in optimizer.state.values() for item in state.items()]

@@ -210,8 +210,12 @@ def check_bytes():
 
 
 def check_disagreement():
-    for seed, epoch in ((dist.get_rank(), 0), (0, dist.get_rank())):
+    for seed, epoch in ((dist.get_rank(), 0), (0, 1 + dist.get_rank())):
         net, optimizer = planned(seed)
+        if epoch > 0:  # they agreed before
+            optimizer.resample(0)
+            one_step(net, optimizer, toy_batches()[0])
+            optimizer.zero_grad()
         optimizer.resample(epoch)
         F.cross_entropy(net(toy_batches()[0][0]), toy_batches()[0][1]).backward()
         before = [parameter.clone() for parameter in net.parameters()]
