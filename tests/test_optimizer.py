@@ -200,13 +200,18 @@ def test_state_resumes_bit_for_bit():
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
-def test_a_state_of_another_plan_is_refused_and_nothing_changes():
+def test_a_state_of_another_plan_or_of_other_groups_is_refused_and_nothing_changes():
     _, _, optimizer = planned()
     optimizer.resample(2)
     _, _, other = planned(seed=5)
     with pytest.raises(ValueError, match="belongs to plan"):
         other.load_state_dict(optimizer.state_dict())
     assert other.epoch is None
+    net, _, _ = planned()
+    apart = TraDyOptimizer([{"params": net.head.weight}, {"params": net.head.bias}])
+    with pytest.raises(ValueError, match=r"groups of \[2\] parameters trained whole, this optimizer of \[1, 1\]"):
+        apart.load_state_dict(optimizer.state_dict())
+    assert apart.epoch is None
 
 
 def test_schedulers_drive_all_groups_and_closures_are_called_once():

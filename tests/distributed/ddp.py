@@ -15,13 +15,14 @@ from torch.nn.utils import clip_grad_norm_
 from toys import toy_batches, toy_net, toy_plan
 
 from trady_triton import TraDyOptimizer, apply_plan
+from trady_triton.optim.distributed import average_gradients_
 
 KINDS = [{}, {"momentum": 0.9, "max_grad_norm": 0.05}, {"algorithm": "adamw", "weight_decay": 0.1}]
 
 
 def planned(seed=0, sampler="trady", **options):
     net = toy_net()
-    plan = toy_plan(net, 1200, seed=seed, sampler=sampler, coverage=None)
+    plan = toy_plan(net, 400, seed=seed, sampler=sampler, coverage=None)
     apply_plan(net, plan)
     return net, TraDyOptimizer(net.parameters(), plan, lr=0.05, **options)
 
@@ -207,6 +208,10 @@ def check_bytes():
         one_step(parallel, optimizer, own(toy_batches(size=8)[0]))
     compact = sum(slot.proxy.numel() * 8 for slot in optimizer._all_slots())
     assert sent.sizes == [compact], (sent.sizes, compact)
+    mixed = [torch.zeros(2, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float64)]
+    with Sent() as sent:
+        average_gradients_(mixed, None)
+    assert sorted(sent.sizes) == [8, 32]  # one for each dtype
 
 
 def check_disagreement():
@@ -245,6 +250,20 @@ def check_gradients_used_too_early():
         optimizer.step()
 
 
+def check_a_backward_that_failed_leaves_nothing_to_wait_for():
+    net, optimizer = planned(average_at="backward")
+    optimizer.resample(0)
+    x, y = own(toy_batches(size=8)[0])
+    last = x.clone().requires_grad_()
+    last.register_hook(lambda grad: grad[len(y)])
+    with pytest.raises(IndexError):
+        F.cross_entropy(net(last), y).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    clip_grad_norm_(trained(optimizer), 0.05)  # of averages, or else step() refuses
+    optimizer.step()
+
+
 def check_infinities_of_one_process_stop_all():
     for average_at in ("step", "backward"):
         all_stop(average_at)
@@ -260,7 +279,9 @@ def all_stop(average_at):
     if dist.get_rank() == 1:
         proxy = next(p for p in trained(optimizer)[2:] if p.numel())
         proxy.register_hook(lambda grad: grad * float("inf"))
-    scaler.scale(F.cross_entropy(parallel(x), y)).backward()
+    with Sent() as sent:
+        scaler.scale(F.cross_entropy(parallel(x), y)).backward()
+    assert len(sent.sizes) == (0 if average_at == "step" else 2)  # the agreement, and once for all layers
     if average_at == "step":
         optimizer.synchronize()
     scaler.step(optimizer)
