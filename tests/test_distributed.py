@@ -28,7 +28,7 @@ def torchrun(name, *arguments):
 
 
 def test_distributed_data_parallel_equals_one_process_on_the_joined_batch():
-    assert torchrun("ddp.py").count("passed") == 2 * 14
+    assert torchrun("ddp.py").count("passed") == 2 * 15
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")

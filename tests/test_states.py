@@ -148,6 +148,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes():
     layer = next(slot.layer for slot in optimizer._all_slots() if len(slot.channels))
     del bad["param_groups"][0]["trady_state"][layer]["exp_avg_sq"]
     _, _, fresh = planned("adamw")
+    whole = optimizer.state_dict()
+    del whole["param_groups"][0]["trady_state"]["1"]["exp_avg"]
+    with pytest.raises(ValueError, match="state of 'parameter 1'"):
+        fresh.load_state_dict(whole)
     with pytest.raises(ValueError, match=f"state of '{layer}'"):
         fresh.load_state_dict(bad)
     assert fresh.epoch is None

@@ -1,6 +1,7 @@
 """DistributedDataParallel on two processes, against one process on the joined batch. Run by torchrun."""
 
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -169,6 +170,11 @@ def check_join():
                 (F.cross_entropy(reference(x[:2]), y[:2]) / 2).backward()
                 alone.step()
         assert_same(net, reference)
+    net, optimizer = planned()
+    optimizer.resample(0)
+    with Join([optimizer]):  # no other averages
+        for batch in batches:
+            one_step(net, optimizer, batch)
 
 
 def check_join_of_draws_by_gradients_seen():
@@ -250,6 +256,22 @@ def check_gradients_used_too_early():
         optimizer.step()
 
 
+def check_averages_are_used_up():
+    net, optimizer = planned()
+    optimizer.synchronize()  # nothing is drawn yet
+    optimizer.resample(0)
+    (x, y), *_ = toy_batches()
+    F.cross_entropy(net(x), y).backward()
+    optimizer.synchronize()
+    optimizer.zero_grad()
+    for _ in range(2):  # the second backward adds to the averages of the first
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+
+
 def check_a_backward_that_failed_leaves_nothing_to_wait_for():
     net, optimizer = planned(average_at="backward")
     optimizer.resample(0)
@@ -292,6 +314,7 @@ def all_stop(average_at):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="gradients of the parameters that are trained whole")
     dist.init_process_group("gloo")
     for name, check in list(globals().items()):
         if name.startswith("check_") and (len(sys.argv) == 1 or name in sys.argv[1:]):

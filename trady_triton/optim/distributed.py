@@ -121,7 +121,7 @@ def average_gradients_(proxies: Sequence[Tensor], group: ProcessGroup | None) ->
         members = list(alike)
         buffer = torch.empty(sum(proxy.numel() for proxy in members), device=device, dtype=dtype)
         for proxy, flat in zip(members, torch.split(buffer, [proxy.numel() for proxy in members]), strict=True):
-            part = flat.view(proxy.shape)
+            part = flat.view(proxy.shape).data  # with a version of its own: a backward into one part changes no other
             part.zero_() if proxy.grad is None else part.copy_(proxy.grad)
             proxy.grad = part
         buffer.div_(dist.get_world_size(group))  # before the sum, as DistributedDataParallel does: it overflows less
