@@ -133,7 +133,7 @@ def count(
     activations, gradients, optimizer state, adapters, ids of channels. Compiled code is counted by the CUDA allocator,
     or not at all.
     """
-    step, device = _beginning(step, 2), step.inputs.device  # from the second part on each finds the first's gradients
+    step, device = _beginning(step, 3), step.inputs.device  # a third finds gradients and two losses, as do all after it
     epochs = range(EPOCHS) if training.start_epoch else range(1)
     kept_in = [_kept(training, step, epoch, is_compiled) for epoch in epochs]
     epoch = kept_in.index(max(kept_in))

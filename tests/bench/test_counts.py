@@ -1,5 +1,7 @@
 """What a row counts, against cases counted by hand; layers of the kernels' benchmark against autograd."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,9 @@ from trady_triton.bench.case import count, inference_peak
 from trady_triton.bench.layers import Layer, layers, work
 from trady_triton.bench.movers import MOVERS
 from trady_triton.bench.roofs import Roofs
-from trady_triton.bench.training import Training
+from trady_triton.bench.training import Training, sgd
 from trady_triton.functional import ConvGeometry, lean_conv2d, lean_linear
+from trady_triton.meters import peak_memory
 from trady_triton.ops import token_wgrad
 from trady_triton.rehearsal import Step
 from trady_triton.slot import ChannelSlot
@@ -46,6 +49,19 @@ def test_a_row_counts_state_beside_activations_and_flops_by_kind(kind) -> None:
     assert row["forward_flops"] == 2 * 7 * weights
     assert row["wgrad_flops"] == 2 * 7 * weights
     assert row["dgrad_flops"] == 2 * 7 * 4 * 5  # nobody needs dX of the first
+
+
+def test_the_peak_of_many_parts_is_counted_to_the_byte() -> None:
+    model = nn.Sequential(nn.Linear(3, 4000), nn.ReLU(), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 5, bias=False))
+    step = Step(torch.randn(7, 3), torch.arange(7) % 5, micro_batch=1)
+    training = sgd(model, SimpleNamespace(lr=0.1), {"3.weight"})
+    row = count(training, step)
+    training.optimizer.zero_grad()
+    with peak_memory() as peak:
+        training.step(step)
+    # where the forward is widest live also the head's gradient, the loss of the part before and the sum of all
+    assert row["peak_bytes"] == peak.peak_bytes == (2 * 4000 + 4 * 5 + 2) * FLOAT
+    assert "forward_flops" not in row  # those of the whole batch say it
 
 
 def test_adapters_count_as_memory_beyond_the_net() -> None:
