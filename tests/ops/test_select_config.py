@@ -69,7 +69,7 @@ def test_a_sum_is_cut_so_that_the_device_is_busy(programs, steps, partial_bytes,
 def test_token_wgrad_reads_dy_once_for_as_many_channels_as_registers_allow():
     for shape, dtype, arch in random_shapes(2_000):
         config = select_config("token_wgrad", shape, dtype, arch)
-        most = {0: 256, 8: 128, 4: 64}[shape["bits"]]
+        most = 64 if dtype == torch.float32 else {0: 256, 8: 128, 4: 64}[shape["bits"]]
         assert shape["K"] > most or config.meta["BM"] >= shape["K"]
 
 

@@ -92,8 +92,9 @@ def _columns(shape: Shape, BQ: int) -> tuple[int, int]:
 @rule("depthwise_wgrad")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """As many filter rows a program as 256 columns hold (32 in fp32): each reads dy once. "taps" if one is too wide."""
-    BQ, BK = 16 if shape["Q"] <= 16 else 32, 32
+    BQ = 16 if shape["Q"] <= 16 else 32
     BW, back = _columns(shape, BQ)
+    BK = 16 if dtype == torch.float32 and BW > 64 else 32  # what is left of the registers
     if BW > MAX_COLUMNS:
         return Config(backend="taps")
     RB = max(1, min(next_power_of_2(shape["R"]), (32 if dtype == torch.float32 else MAX_COLUMNS) // BW))

@@ -97,10 +97,10 @@ def grouped_wgrad_ref(
 
 @rule("grouped_wgrad")
 def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    """All taps in one tile up to 64, all outputs of a group up to 64."""
+    """All taps in one tile up to 64, all outputs of a group up to 64 (32 where exact fp32 needs the registers)."""
     taps, M, K, T = shape["TAPS"], shape["M"], shape["K"], shape["T"]
     BM = min(max(next_power_of_2(taps), 16), 64)
-    BN = min(max(next_power_of_2(M), 16), 64)
+    BN = min(max(next_power_of_2(M), 16), 32 if dtype == torch.float32 and BM == 64 else 64)
     BK = 32 if dtype == torch.float32 or BM == 64 else 64
     programs = K * ceil_div(taps, BM) * ceil_div(M, BN)
     step_bytes = dtype.itemsize * BK * (BM + BN)

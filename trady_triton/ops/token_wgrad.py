@@ -150,18 +150,22 @@ def token_wgrad_ref(
 
 
 def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
-    bits, planes = shape["bits"], shape["PQ"] > 1
-    # wider tiles would need too many registers
-    most = 64 if bits == 4 and planes else 128 if bits else 256
+    bits, planes, exact = shape["bits"], shape["PQ"] > 1, dtype == torch.float32
+    anywhere = planes and shape["PQ"] % 4 != 0  # rows may start at any address: one for each element
+    # wider tiles, or fewer warps, would need too many registers
+    most = 64 if exact or (bits == 4 and planes) else 128 if bits else 256
     BM = min(max(next_power_of_2(shape["K"]), 16), most)
-    narrow = BM == 256 or (planes and (BM == 16 or bits == 4 or shape["PQ"] % 4 != 0))
-    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if narrow else 128)
-    BK = GROUP if bits == 4 else 32 if dtype == torch.float32 else 64
-    few = BM >= 128 or bits == 4 or dtype == torch.float32 or (planes and BM == 32)
-    stages = 2 if arch.hip else 3 if few else 4
-    # planes whose rows may start anywhere take an address for each element
-    full = 8192 if planes and shape["PQ"] % 4 != 0 else 16384
-    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=4 if full > BM * BN else 8, num_stages=stages)
+    narrow = BM == 256 or anywhere or (planes and (BM == 16 or bits == 4))
+    BN = min(max(next_power_of_2(shape["O"]), 32), 32 if exact or (anywhere and bits) else 64 if narrow else 128)
+    BK = GROUP if bits == 4 else 32 if exact else 64
+    few = BM >= 128 or bits == 4 or exact or (planes and BM == 32)
+    if exact:
+        warps = 8 if BM * BN >= 2048 else 4
+    elif bits:
+        warps = 4 if BM in (16, 64) else 8
+    else:
+        warps = 8 if BM * BN >= 16384 or (BM >= 128 and (anywhere or (planes and BN == 32))) else 4
+    return Config({"BM": BM, "BN": BN, "BK": BK}, num_warps=warps, num_stages=2 if arch.hip else 3 if few else 4)
 
 
 @rule("token_wgrad")
@@ -169,7 +173,7 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     """One pass over dy where K allows it; as many splits of T as fill the device for little more traffic.
 
     More than 256 channels are bound by arithmetic, and fp32 has no fast transposed operand: cuBLAS is better there,
-    unless planes of small images make many small products of it.
+    unless planes of small images make many small products of it. Codes of fp32 are always read back for cuBLAS.
     """
     tiles = _tiles(shape, dtype, arch)
     T, O, K = shape["T"], shape["O"], shape["K"]
@@ -179,7 +183,8 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     split = split_count(-(-K // BM) * -(-O // BN), T // BK, step_bytes, 4 * K * O, slots)
     images_at_once = max(1, MAX_WORKSPACE_BYTES // (4 * K * O))
     products = 1 if shape["PQ"] == 1 else T / shape["PQ"] / images_at_once
-    mm = (K > 256 or dtype == torch.float32) and products <= 8
+    exact = dtype == torch.float32
+    mm = ((K > 256 or exact) and products <= 8) or (exact and shape["bits"] > 0)
     return replace(tiles, split=split, backend="mm" if mm else "triton")
 
 

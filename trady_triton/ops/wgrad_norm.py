@@ -68,7 +68,7 @@ def _rule(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     Too few tiles (nothing is split here), or more than the workspace has room for, and fp32 go to cuBLAS.
     """
     BM = min(max(next_power_of_2(shape["C"]), 16), 128)
-    BN = min(max(next_power_of_2(shape["O"]), 32), 128)
+    BN = min(max(next_power_of_2(shape["O"]), 32), 64 if BM <= 32 else 128)
     tiles = -(-shape["C"] // BM) * -(-shape["O"] // BN)
     if tiles < arch.num_sms:
         BM, BN = min(BM, 64), min(BN, 64)

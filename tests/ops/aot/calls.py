@@ -55,26 +55,18 @@ def token_wgrad(layout, K, O=768, T=25088, bits=0, dtype="bf16", **options):
     return ops.token_wgrad(store, dy, -1 if layout == "tokens" else 1, bits=bits, **codes, **options)
 
 
-for layout, K in product(("tokens", "nchw56", "nchw14", "nchw7"), KS):
-    add(f"token_wgrad {layout}", token_wgrad, layout, K)
-for K, O in product(KS, (32, 64)):
-    add("token_wgrad tokens", token_wgrad, "tokens", K, O)
+for layout, bits, O, K in product(("tokens", "nchw14", "nchw7"), (0, 8, 4), (768, 64, 32), KS):
+    add(f"token_wgrad {layout} {f'int{bits}' if bits else ''}", token_wgrad, layout, K, O, bits=bits)
+for K in KS:
+    add("token_wgrad nchw56", token_wgrad, "nchw56", K)
 add("token_wgrad tokens ones", token_wgrad, "tokens", 63, ones_row=True)
 add("token_wgrad tokens atomic", token_wgrad, "tokens", 63, deterministic=False)
 for K in (16, 64):
     add("token_wgrad tokens peel", token_wgrad, "tokens", K, T=25084)
     add("token_wgrad nchw56 wide", token_wgrad, "nchw56", K, 768, 1024 * 56 * 56)
-for bits, layout, K in product((4, 8), ("tokens", "nchw14"), KS[:4]):
-    add(f"token_wgrad {layout} int{bits}", token_wgrad, layout, K, bits=bits)
-for K, O in product(KS[:4], (32, 64)):
-    add("token_wgrad tokens int4", token_wgrad, "tokens", K, O, bits=4)
-add("token_wgrad nchw14", token_wgrad, "nchw14", 32, 32)
-for K in KS:
-    add("token_wgrad nchw7", token_wgrad, "nchw7", K, 32)
-for bits, layout, O, K in product((0, 4), ("nchw7", "nchw14"), (32, 64, 128), KS):  # fp32 else is cuBLAS's
-    T = int(layout[4:]) ** 2 * 16 * (MAX_WORKSPACE_BYTES // (4 * K * O) + 1)
-    if layout == "nchw7" or (not bits and (O == 128 or K >= 128)):
-        add(f"token_wgrad {layout} fp32 {f'int{bits}' if bits else ''}", token_wgrad, layout, K, O, T, bits, "fp32")
+for layout, K in product(("nchw7", "nchw14"), KS[:3]):  # fp32 else is cuBLAS's
+    T = int(layout[4:]) ** 2 * 16 * (MAX_WORKSPACE_BYTES // (4 * K * 32) + 1)
+    add(f"token_wgrad {layout} fp32", token_wgrad, layout, K, 32, T, dtype="fp32")
 
 
 def wgrad_sqnorm(layout, C, O):
@@ -83,7 +75,7 @@ def wgrad_sqnorm(layout, C, O):
     return ops.wgrad_sqnorm(image(layout, 32, C), image(layout, 32, O), 1)
 
 
-for C, O in product((768, 64, 32, 16), (12000, 17000, 24000, 50000)):  # smaller tiles, and fewer, go to cuBLAS
+for C, O in product((768, 64, 32, 16), (12000, 17408, 24000, 50000)):  # smaller tiles, and fewer, go to cuBLAS
     add("wgrad_sqnorm tokens", wgrad_sqnorm, "tokens", C, O)
 for C, O in ((768, 12288), (64, 20000), (16, 50000)):
     add("wgrad_sqnorm nchw28", wgrad_sqnorm, "nchw28", C, O)
@@ -110,8 +102,8 @@ for kind in ("nchw", "nhwc"):
     add(f"conv_wgrad 7x7 stride 2 {kind}224", conv_wgrad, f"{kind}224", 3, R=7, stride=2)
     for K in (8, 16, 32, 64):
         add(f"conv_wgrad 2x2 stride 2 {kind}56", conv_wgrad, f"{kind}56", K, R=2, stride=2)
-for K, O in product((8, 16, 32, 64), (16, 32)):
-    add("conv_wgrad 2x2 stride 2 nchw56", conv_wgrad, "nchw56", K, O, 2, 2)
+for size, K, O in product((56, 14), (8, 16, 32, 64), (16, 32)):
+    add(f"conv_wgrad 2x2 stride 2 nchw{size}", conv_wgrad, f"nchw{size}", K, O, 2, 2)
 
 
 def grouped_wgrad(layout, R, M=1, stride=1, dtype="bf16", codes=False):

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import timm
 import torch
-from harness import arguments, compile_all, violations
+from harness import arguments, compile_all, spills
 from nn.nets import shapes_in_order
 from pretended import pretended_cuda
 from torch.utils._python_dispatch import _disable_current_modes
@@ -141,11 +141,7 @@ def main():
         print(f"{step.name}: {len({launch.variant for launch in recorded.launches})} variants, {dict(counts)}")
     first = {launch.name: (name, launch) for name, launch in reversed(variants.values())}
     chosen = [] if options.no_compile else list((first if options.ci else variants).values())
-    found += [
-        line
-        for (_, launch), row in zip(chosen, compile_all(chosen, options.jobs), strict=True)
-        for line in violations(launch, row)
-    ]
+    found += [line for row in compile_all(chosen, options.jobs) for line in spills(row)]
     print(f"{len(variants)} variants, {len(chosen)} compiled, {len(found)} problems", *found, sep="\n")
     sys.exit(bool(found))
 

@@ -118,15 +118,19 @@ def limits(launch):
     return registers, (160 if alone else 113) << 10
 
 
+def spills(row):
+    """Why a binary must not be shipped whatever its sizes are, as sentences: it does not compile, or spills."""
+    sentence = row["error"] or (f"spills {row['spill_bytes']} bytes" if row["spill_bytes"] else "")
+    return [f"{row['case']} on {row['target']} {sentence}"] * bool(sentence)
+
+
 def violations(launch, row):
     """What the row of a launch breaks of the limits, as sentences."""
     if row["error"]:
-        return [f"{row['case']} on {row['target']} {row['error']}"]
+        return spills(row)
     registers, shared_bytes = limits(launch)
     constants, found = launch.constants, []
     tokens = launch.name in ("token_wgrad", "wgrad_sqnorm")
-    if row["spill_bytes"]:
-        found.append(f"spills {row['spill_bytes']} bytes")
     if row["target"] == "sm_90" and row["registers"] > registers:
         found.append(f"needs {row['registers']} registers, limit {registers}")
     if row["target"] == "sm_90" and row["shared_bytes"] > shared_bytes:
@@ -138,7 +142,7 @@ def violations(launch, row):
     aligned = constants.get("PQ", 1) % 4 == 0 or constants.get("PQ") == 1
     if tokens and aligned and not constants.get("PEEL") and not constants.get("BITS") and row["narrow_loads"]:
         found.append(f"loads 16-bit elements one by one, {row['narrow_loads']} times")
-    return [f"{row['case']} on {row['target']} {sentence}" for sentence in found]
+    return spills(row) + [f"{row['case']} on {row['target']} {sentence}" for sentence in found]
 
 
 def read_table():

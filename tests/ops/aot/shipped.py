@@ -11,8 +11,8 @@ POWERS = [1 << i for i in range(13)]
 PIXELS = (1, 49, 196, 784, 3136)
 SIZES = {
     "token_wgrad": {"T": (100, 25088, 10**6), "O": POWERS, "K": POWERS[:10], "PQ": PIXELS, "bits": (0, 4, 8)},
-    "wgrad_sqnorm": {"T": (25088,), "C": POWERS, "O": (*POWERS, 12000, 17000, 24000, 50000)},
-    "conv_wgrad": {"T": (100, 25088), "O": POWERS, "K": POWERS[:10], "TAPS": (2, 4, 9, 25, 49), "PQ": PIXELS},
+    "wgrad_sqnorm": {"T": (25088,), "C": POWERS, "O": (*POWERS, 12000, 17408, 24000, 50000)},
+    "conv_wgrad": {"T": (100, 25088), "O": POWERS, "K": POWERS[:10], "TAPS": (2, 4, 9, 25, 49), "PQ": PIXELS[1:]},
     "grouped_wgrad": {"T": (25088,), "K": (8, 32), "M": POWERS[:9], "TAPS": (1, 4, 9, 25, 49, 121)},
     "depthwise_wgrad": {"ROWS": (8,), "N": (128,), "P": (56,), "Q": (4, 7, 14, 28, 56, 112), "S": (2, 3, 5, 7),
                         "STRIDE_W": (1, 2), "DILATION_W": (1,)},
@@ -23,12 +23,19 @@ SIZES = {
 }  # fmt: skip
 
 
+def _apart(kernel, sizes):
+    """What compiles apart beside the tile: the bits of codes; one matrix, or planes with rows at any address or not."""
+    if "PQ" not in SIZES.get(kernel, ()):
+        return ()
+    return sizes.get("bits", sizes.get("BITS", 0)), sizes["PQ"] == 1, sizes["PQ"] % 4 == 0
+
+
 def config_of(launch):
     """What the launch has of a config, and whether it reads or writes fp32."""
     pointers = dict(launch.signature)
     typed = next((name for name in ("dy_ptr", "x_ptr", "out_ptr") if name in pointers), None)
-    options = launch.options.num_warps, launch.options.num_stages
-    return launch.name, tuple(launch.tile.items()), *options, pointers.get(typed) == "*fp32"
+    options = launch.options.num_warps, launch.options.num_stages, pointers.get(typed) == "*fp32"
+    return launch.name, tuple(launch.tile.items()), *options, *_apart(launch.name, launch.constants)
 
 
 def shipped(arch):
@@ -41,7 +48,8 @@ def shipped(arch):
                 shape |= {"R": shape["S"], "LEFT": (shape["S"] - 1) // 2, "W": shape["Q"] * shape["STRIDE_W"]}
             config = select_config(kernel, shape, dtype, device)
             if config.backend == "triton":
-                yield kernel, tuple(config.meta.items()), config.num_warps, config.num_stages, dtype == torch.float32
+                options = config.num_warps, config.num_stages, dtype == torch.float32
+                yield kernel, tuple(config.meta.items()), *options, *_apart(kernel, shape)
 
 
 def missing(arch, launches):
