@@ -35,7 +35,7 @@ CONTRACTS = {
 ROUNDING = 1e-8
 INT8_ERROR = 0.1
 SINGLE_ERROR = 0.1  # at most, however far float32 is from float64
-OTHER_ORDER = 1e-4  # of sums in float32, where plain gradients are nearly exact; less than TF32 would cost
+OTHER_ORDER = 1e-5  # of sums in float32, where plain gradients are nearly exact; less than TF32 would cost
 SAMPLES, IMAGE_SIZE = 2, 64  # pixels at most, as whether gradients are right does not depend on them
 
 Precision = tuple[torch.dtype, torch.dtype | None]  # of weights and inputs, and of autocast
@@ -66,8 +66,7 @@ class Gate:
     """Checks methods on one net, made for small images; plain gradients are computed once."""
 
     def __init__(self, net: Net, budgets: tuple[str, str, str]) -> None:
-        small, self.model = _small(net)
-        self.setup = Setup(small, small.rank(self.model), budgets)
+        self.model, self.setup = _small(net, budgets)
         self._dense: dict[tuple[Precision, frozenset[str]], dict[str, Tensor]] = {}
 
     @cached_property
@@ -168,13 +167,17 @@ class Gate:
         return Verdict(method.contract, max(error, start), 1e-3, None, why)
 
 
-def _small(net: Net) -> tuple[Net, nn.Module]:
-    """The net on few small images; on images of its own size if it takes no others."""
+def _small(net: Net, budgets: tuple[str, str, str]) -> tuple[nn.Module, Setup]:
+    """The net on few small images; on images of its own size if it cannot be built for, or trained on, others."""
     few = replace(net, batch=SAMPLES)
-    small = replace(few, image_size=min(net.image_size, IMAGE_SIZE))
     with contextlib.suppress(Exception):  # such as an assertion that patches of 14 pixels fit
-        return small, small.build()
-    return few, few.build()
+        return _ranked(replace(few, image_size=min(net.image_size, IMAGE_SIZE)), budgets)
+    return _ranked(few, budgets)
+
+
+def _ranked(net: Net, budgets: tuple[str, str, str]) -> tuple[nn.Module, Setup]:
+    model = net.build()
+    return model, Setup(net, net.rank(model), budgets)
 
 
 def found_gradients(training: Training) -> dict[str, Tensor]:

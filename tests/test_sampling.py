@@ -85,4 +85,11 @@ def test_epochs_and_seeds_differ():
     draws = [draw_uniform([100], [1], 10, rule="stop", seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(draw[0]) for draw in draws}) == 4
     seeds = [epoch_generator(3, 5, purpose).initial_seed() for purpose in ("", "depth")]
-    assert seeds == [1322184803, 3840743025]  # plans of older versions draw what they drew
+    assert seeds == [1322184803, 3840743025]  # plans of older versions draw what they drew, in every process
+    assert toy_plan(toy_net()).sample(5) == {
+        "tokens": (0, 3, 4, 5),
+        "pointwise": (5, 7, 8, 10, 11),
+        "grouped": (0, 2, 7, 11, 14),
+        "depthwise": (0, 2, 4, 5, 7),
+        "stem": (0, 1),
+    }
