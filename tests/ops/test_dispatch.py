@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trady_triton.ops import dispatch, token_wgrad
+from trady_triton.ops.upload import upload
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("auto", False), ("torch", False), ("triton", True)])
@@ -67,3 +68,8 @@ assert token_wgrad(torch.ones(2, 5), torch.ones(5, 3)).sum() == 30
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON", "TRADY"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_tables_of_a_fake_model_are_fake_on_its_device():
+    with FakeTensorMode():
+        assert upload([1, 2], torch.int64, torch.device("cuda")).device.type == "cuda"

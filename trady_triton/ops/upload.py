@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def upload(values: torch.Tensor | Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -15,6 +16,6 @@ def upload(values: torch.Tensor | Sequence[Any], dtype: torch.dtype, device: tor
     may first wait for all work on the stream.
     """
     found = torch.as_tensor(values, dtype=dtype)
-    if found.device.type == "cpu" and device.type == "cuda":
+    if found.device.type == "cpu" and device.type == "cuda" and not isinstance(found, FakeTensor):
         found = found.pin_memory()
     return found.to(device, non_blocking=True)
