@@ -227,6 +227,7 @@ def test_rule_stays_within_the_limits():
         ({"store": torch.zeros(2, 9, 10, 8, dtype=torch.float16)}, "wanted contiguous"),
         ({"store": torch.zeros(2, 8, 9, 10).permute(0, 2, 3, 1)}, "strides"),
         ({"k": 9}, "k: got 9"),
+        ({"store": torch.zeros(2, 9, 10, 5)}, "a multiple of 8"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

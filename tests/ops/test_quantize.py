@@ -208,3 +208,17 @@ def test_groups_do_not_share_their_range():
     x = torch.cat([torch.linspace(0, 1, GROUP), torch.linspace(0, 1000, GROUP)])[:, None]
     values, _, store = round_trip(x, "tokens", 8, (1, 1), channels=torch.tensor([0]))
     assert (values - store)[0, :GROUP].abs().max() < 0.003
+
+
+@both_bits
+@cases
+def test_ids_and_scales_at_a_stride_are_read_as_they_are(layout, shape, stride, bits, generator):
+    x, ids = sample(shape, generator), torch.arange(9)[::2]
+    quantised = quantize_channels(x, ids, layout, bits, stride)
+    for found, meant in zip(quantised, quantize_channels(x, ids.contiguous(), layout, bits, stride), strict=True):
+        assert torch.equal(found, meant)
+    codes, *ranges = quantised
+    size = store_channels(x, ids, layout, stride).shape
+    apart = [torch.stack([values, torch.full_like(values, 99)], 2)[..., 0] for values in ranges]
+    found, meant = (dequantize_channels(codes, *pair, layout, bits, size, torch.float32) for pair in (apart, ranges))
+    assert torch.equal(found, meant)

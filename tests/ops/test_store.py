@@ -54,6 +54,12 @@ def test_store_of_tokens_is_the_selected_features(leading, dtype, generator):
     assert torch.equal(store, expected(x, channels, "tokens", None))
 
 
+@pytest.mark.parametrize("layout", ["pixels", "taps", "planes"])
+def test_ids_at_a_stride_are_read_as_they_are(layout, generator):
+    x, ids = torch.randn(2, 9, 4, 5, generator=generator), torch.arange(9)[::2]
+    assert torch.equal(store_channels(x, ids, layout), store_channels(x, ids.contiguous(), layout))
+
+
 def test_transposed_tokens_are_stored_in_index_order(generator):
     x = torch.randn(6, 4, 8, generator=generator).transpose(0, 1)
     channels = torch.tensor([7, 2])

@@ -122,6 +122,8 @@ def test_quantised_stores_give_the_gradient_of_what_they_hold(bits, layout, dtyp
         out = token_wgrad(arena.place(codes), arena.place(dy), channel_dim, **quantised, ones_row=ones_row)
     # the interpreter truncates to bf16 where a device rounds
     assert relative_error(out[:5], definition(held, dy, channel_dim)) <= (2e-6 if dtype == torch.float32 else 6e-3)
+    apart = {name: torch.stack([quantised[name], quantised[name] + 9], 2)[..., 0] for name in ("scale", "zero")}
+    assert torch.equal(token_wgrad(codes, dy, channel_dim, **{**quantised, **apart}, ones_row=ones_row), out)
     twin = token_wgrad_ref(codes, dy, channel_dim, **quantised, ones_row=ones_row)
     assert torch.allclose(twin, out, rtol=1e-2, atol=0.2 if dtype != torch.float32 else 1e-3)
 
@@ -228,6 +230,13 @@ def test_the_result_has_the_requested_dtype(generator):
 def test_arguments_that_do_not_fit_are_refused(store, dy, channel_dim, name):
     with pytest.raises(ValueError, match=name):
         token_wgrad(store, dy, channel_dim)
+
+
+@pytest.mark.parametrize("name", ["scale", "zero"])
+def test_ranges_of_another_size_are_refused(name):
+    ranges = {"scale": torch.ones(2, 2), "zero": torch.ones(2, 2), name: torch.ones(2, 1)}
+    with pytest.raises(ValueError, match=rf"{name}: got \(2, 1\), wanted \(2, 2\)"):
+        token_wgrad(torch.zeros(2, 200, dtype=torch.uint8), torch.ones(200, 3), **ranges, bits=8)
 
 
 def test_offsets_have_64_bits_where_memory_is_larger_than_32_reach():

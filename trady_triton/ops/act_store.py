@@ -115,8 +115,9 @@ def _act_store(
         row = store.shape[3] if layout == "taps" else T
         unit = 8 if row % 8 == 0 else 1
         grid = (-(-T // config.meta["BT"]), -(-C // config.meta["BC"]))
-        launch(_act_store_kernel, grid, x, y, code, slots, store, seed, T, row // unit, low, high, config=config,
-               C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", UNIT=unit, **code_constants(kind, bits))  # fmt: skip
+        launch(_act_store_kernel, grid, x, y, code, slots.contiguous(), store, seed, T, row // unit, low, high,
+               config=config, C=C, KIND=kind, PIXEL_MAJOR=layout == "taps", UNIT=unit,
+               **code_constants(kind, bits))  # fmt: skip
     return y, code, store
 
 

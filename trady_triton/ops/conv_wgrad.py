@@ -218,7 +218,7 @@ def conv_wgrad(
     Raises: ValueError for sizes, dtypes or strides that do not fit.
     """
     check_pair(store, 1 if k is None else 0, dy, dy.dtype)
-    if k is not None and not 0 <= k <= store.shape[3]:
-        raise ValueError(f"k: got {k}, wanted at most the {store.shape[3]} channels of the store")
+    if k is not None and (store.shape[3] % 8 or not 0 <= k <= store.shape[3]):
+        raise ValueError(f"k: got {k} of a store {tuple(store.shape)}, wanted at most its channels, a multiple of 8")
     out: torch.Tensor = _op(store, dy, kernel_size, stride, padding, dilation, out_dtype, k)
     return out

@@ -91,6 +91,7 @@ def dequantize_impl(
     out = empty_store(codes, size, layout, dtype)
     if not out.numel():
         return out
+    scale, zero = scale.contiguous(), zero.contiguous()
     K, T, G = size[0], math.prod(size[1:]), group_size(layout, size)
     (row_units, unit), (out_units, out_unit) = (units(tensor.stride(0), 16) for tensor in (codes, out))
     config = select_config("dequantize", {"T": T, "K": K}, dtype, Arch.of(codes.device))

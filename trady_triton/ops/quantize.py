@@ -219,8 +219,8 @@ def _quantize(
     row_units, unit = units(codes.stride(0), 16)
     config = select_config("quantize", {"T": T, "K": K, "bits": bits}, x.dtype, Arch.of(x.device))
     groups = scale.shape[1]
-    launch(_quantize_kernel, (groups, -(-K // config.meta["BJ"])), x, channels, codes, scale, zero, seed, T, K,
-           groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=half_group(G), PQ=PQ, Q=Q, UNIT=unit,
+    launch(_quantize_kernel, (groups, -(-K // config.meta["BJ"])), x, channels.contiguous(), codes, scale, zero,
+           seed, T, K, groups, row_units, sn, sp, sq, sc, config=config, G=G, HALF=half_group(G), PQ=PQ, Q=Q, UNIT=unit,
            TOP=2**bits - 1, HALVES=bits == 4)  # fmt: skip
     return codes, scale, zero
 

@@ -163,7 +163,7 @@ def _store(x: torch.Tensor, channels: torch.Tensor, layout: str, stride: Sequenc
     unit = 8 if row % 8 == 0 else 1
     config = select_config("store", {"T": tokens, "K": K}, x.dtype, Arch.of(x.device))
     grid = (-(-tokens // config.meta["BT"]), -(-rows // config.meta["BJ"]))
-    launch(_store_kernel, grid, x, channels, out, tokens, K, row // unit, sn, sp, sq, sc,
+    launch(_store_kernel, grid, x, channels.contiguous(), out, tokens, K, row // unit, sn, sp, sq, sc,
            config=config, PQ=PQ, Q=Q, UNIT=unit, PIXEL_MAJOR=layout == "taps")  # fmt: skip
     return out
 

@@ -156,7 +156,8 @@ def _tiles(shape: Shape, dtype: torch.dtype, arch: Arch) -> Config:
     most = 64 if exact or (bits == 4 and planes) else 128 if bits else 256
     BM = min(max(next_power_of_2(shape["K"]), 16), most)
     narrow = BM == 256 or anywhere or (planes and (BM == 16 or bits == 4))
-    BN = min(max(next_power_of_2(shape["O"]), 32), 32 if exact or (anywhere and bits) else 64 if narrow else 128)
+    least = 64 if BM == 256 else 32
+    BN = min(max(next_power_of_2(shape["O"]), least), 32 if exact or (anywhere and bits) else 64 if narrow else 128)
     BK = GROUP if bits == 4 else 32 if exact else 64
     few = BM >= 128 or bits == 4 or exact or (planes and BM == 32)
     if exact:
@@ -244,6 +245,8 @@ def _impl(
         shape = {"T": layout.T, "O": layout.O, "K": M, "PQ": planes, "bits": bits}
         config = select_config("token_wgrad", shape, dy.dtype, Arch.of(dy.device))
         if not takes_library(config):
+            if scale is not None and zero is not None:
+                scale, zero = scale.contiguous(), zero.contiguous()
             operands = _Operands(store, dy, scale, zero, bits, layout, M)
             return _run(operands, out_dtype, two_pass or deterministic(False), config)
         if scale is not None and zero is not None:  # by the kernel, not the twin
@@ -308,6 +311,10 @@ def token_wgrad(
     _check_store(store, dy, dy.shape[channel_dim], bits)
     if (bits != 0) != (scale is not None and zero is not None):
         raise ValueError(f"scale and zero: wanted both for 4 or 8 bits and neither for bits = 0, got bits = {bits}")
+    groups = store.shape[0], -(-dy.numel() // max(dy.shape[channel_dim], 1) // GROUP)
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tensor is not None and dy.shape[channel_dim] > 0 and tensor.shape != groups:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)}, wanted {groups}")
     out: torch.Tensor = _op(store, dy, scale, zero, bits, channel_dim, out_dtype, deterministic, ones_row)
     return out
 
