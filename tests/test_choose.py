@@ -55,6 +55,18 @@ def gradient(net: nn.Module, plan: Plan, x: Tensor) -> Tensor:
     return net[0].slot.proxy.grad
 
 
+class Counts(Block):
+    """A block with a counter that it replaces at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
 def test_units_that_change_their_input_never_run_twice():
     net, plan = stack(Block(), Doubles(), Block(), Doubles())
     plan = choose_recompute(plan, net, (8, 16))
@@ -84,6 +96,14 @@ def test_nothing_runs_twice_that_would_count_its_batch_twice():
     net, plan = stack(*(Block(nn.BatchNorm1d(16)) for _ in range(6)))
     assert chosen(plan, net, 64)[0]
     assert chosen(replace(plan, policy=Policy(batch_norm="train", recompute=())), net, 64) == ((), 1)
+
+
+def test_nothing_runs_twice_that_counts_its_calls():
+    net, plan = stack(*(Counts() for _ in range(6)))
+    net = apply_plan(net, choose_recompute(plan, net, (64, 16)))
+    net[0].slot.set(range(16))
+    net(torch.randn(64, 16, dtype=torch.float64)).sum().backward()
+    assert {int(block.calls) for block in net if isinstance(block, Counts)} == {1}
 
 
 def test_a_net_that_keeps_masks_alone_recomputes_nothing():

@@ -189,7 +189,8 @@ class _Tracer(LiveStorages):  # type: ignore[no-untyped-call]
         left.outputs = self._bytes(outputs, self._own)
         left.unkept = self._bytes(tensors, self._own | self._kept)
         left.is_pure = not _are_written(inputs) and not _storages(tensors) & _storages(outputs)
-        left.is_stateful = _are_written(buffers)
+        is_rebound = [id(buffer) for buffer in module.buffers()] != [id(buffer) for buffer, _ in buffers]
+        left.is_stateful = is_rebound or _are_written(buffers)
         batches = [tensor.shape[:1] == (self._samples,) for tensor in (*tensors, *outputs)]
         left.is_parted = isinstance(output, Tensor) and batches[0] and batches[-1] and sum(batches) == 2
         for tensor in outputs:
