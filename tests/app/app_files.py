@@ -13,8 +13,8 @@ def jpeg(seed, size=40):
     return file.getvalue()
 
 
-def write_npz(path, *, train=24, test=8, classes=3, **changes):
-    files = [jpeg(seed) for seed in range(train + test)]
+def write_npz(path, *, train=24, test=8, classes=3, first=0, **changes):
+    files = [jpeg(seed) for seed in range(first, first + train + test)]
     content = {
         "data": np.frombuffer(b"".join(files), np.uint8),
         "offset": np.cumsum([0, *map(len, files)]),

@@ -185,8 +185,9 @@ def test_a_run_goes_on_where_its_data_was_moved_but_not_with_other_data(run, npz
     assert run("--method", "head").exit_code == 0
     moved = run("--method", "head", "--resume", data=shutil.copy(npz, tmp_path / "moved.npz"))
     assert moved.exit_code == 0, moved.output
-    other = run("--method", "head", "--resume", data=write_npz(tmp_path / "other.npz", train=25))
-    assert "that run had data = '24 + 8 images of 3 classes (" in error_of(other)
+    for changes in ({"train": 25}, {"first": 100}):
+        other = run("--method", "head", "--resume", data=write_npz(tmp_path / "other.npz", **changes))
+        assert "that run had data = '24 + 8 images of 3 classes (" in error_of(other)
 
 
 def test_resume_with_another_plan_is_an_error(run):

@@ -42,6 +42,8 @@ def build_model(
     try:
         model: nn.Module = timm.create_model(net, pretrained=pretrained, **options)
     except OSError as error:
+        if not pretrained:
+            raise
         raise OSError(f"model {net!r}: its weights could not be fetched; --weights takes a file ({error})") from error
     except (TypeError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
         raise ValueError(f"model {net!r} cannot be built: {error!r}") from error

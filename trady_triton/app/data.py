@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -26,14 +27,19 @@ _NPZ_KEYS = ("data", "offset", "label", "split", "class_names")
 
 @dataclass(frozen=True)
 class Pictures:
-    """One half of a data set: `open(i)` decodes image i, an RGB PIL image, and `labels[i]` is its class."""
+    """One half of a data set: `open(i)` decodes image i, an RGB PIL image, and `labels[i]` is its class.
+
+    `marks[i]` tells images apart without decoding them: a file's place below its folder, or a number of bytes.
+    """
 
     open: Callable[[int], Image.Image]
     labels: tuple[int, ...]
+    marks: tuple[str | int, ...]
 
     def subset(self, indices: list[int]) -> Pictures:
         """The pictures at `indices`, in that order."""
-        return Pictures(lambda i: self.open(indices[i]), tuple(self.labels[i] for i in indices))
+        labels, marks = tuple(self.labels[i] for i in indices), tuple(self.marks[i] for i in indices)
+        return Pictures(lambda i: self.open(indices[i]), labels, marks)
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,11 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """What it holds, as far as labels tell; the same wherever its files lie."""
-        labels = repr((self.train.labels, self.test.labels, self.class_names))
+        """What it holds, as far as labels, names and sizes of images tell; the same wherever its files lie."""
+        halves = [(half.labels, half.marks) for half in (self.train, self.test)]
+        content = repr((halves, self.class_names))
         sizes = f"{len(self.train.labels)} + {len(self.test.labels)} images of {len(self.class_names)} classes"
-        return f"{sizes} ({sha256(labels.encode()).hexdigest()[:8]})"
+        return f"{sizes} ({sha256(content.encode()).hexdigest()[:8]})"
 
 
 def load_data(source: str) -> Data:
@@ -88,7 +95,7 @@ def _digits() -> Data:
     digits = load_digits()
     grey = (digits.images * (255 / 16)).astype(np.uint8)
     labels = tuple(map(int, digits.target))
-    pictures = Pictures(lambda i: Image.fromarray(grey[i]).convert("RGB"), labels)
+    pictures = Pictures(lambda i: Image.fromarray(grey[i]).convert("RGB"), labels, labels)
     return _held_out(pictures, tuple("0123456789"), is_photo=False)
 
 
@@ -117,7 +124,8 @@ def _image_folder(path: Path) -> Any:
 
 def _from_files(folder: Any) -> Pictures:
     files = [file for file, _ in folder.samples]
-    return Pictures(lambda i: _decode(files[i], files[i]), tuple(folder.targets))
+    names = tuple(Path(file).relative_to(folder.root).as_posix() for file in files)
+    return Pictures(lambda i: _decode(files[i], files[i]), tuple(folder.targets), names)
 
 
 def _npz(path: Path) -> Data:
@@ -135,6 +143,7 @@ def _npz(path: Path) -> Data:
     pictures = Pictures(
         lambda i: _decode(io.BytesIO(jpegs[offset[i] : offset[i + 1]].tobytes()), f"{path}, image {i}"),
         tuple(map(int, content["label"])),
+        tuple(end - start for start, end in pairwise(offset)),
     )
     train, test = (pictures.subset(np.flatnonzero(split == part).tolist()) for part in (0, 1))
     names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in content["class_names"].tolist())
