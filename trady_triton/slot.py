@@ -88,7 +88,7 @@ def _note_gradient(reference: weakref.ref[Draw], proxy: Tensor) -> None:
     if draw.applied is not None and grad is draw.applied[0]() and grad is not None and grad._version == draw.applied[1]:
         warnings.warn(
             "this backward adds to gradients that the last step has used: model.zero_grad() does not see those of the "
-            "drawn channels; call optimizer.zero_grad()",
+            "drawn channels; call optimizer.zero_grad() (where they were zeroed through .data, nothing is wrong)",
             stacklevel=5,
         )
     draw.unapplied, draw.applied, draw.averaged = True, None, False

@@ -125,8 +125,8 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
     for name in plan.head:
         if name not in modules:
             raise ValueError(f"head {name!r}: the model has no module of that name; rank this model")
-    for name in _updating_twice(model, plan.policy):
-        raise ValueError(f"recompute: the second run would update the running statistics of {name!r} again; wanted "
+    if (twice := next(_updating_twice(model, plan.policy), None)) is not None:
+        raise ValueError(f"recompute: the second run would update the running statistics of {twice!r} again; wanted "
                          "batch_norm 'eval', and a type that was taught (see register_lean)")  # fmt: skip
 
 
