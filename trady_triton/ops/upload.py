@@ -16,6 +16,11 @@ def upload(values: torch.Tensor | Sequence[Any], dtype: torch.dtype, device: tor
     may first wait for all work on the stream.
     """
     found = torch.as_tensor(values, dtype=dtype)
-    if found.device.type == "cpu" and device.type == "cuda" and not isinstance(found, FakeTensor):
-        found = found.pin_memory()
+    if found.device.type == "cpu" and device.type == "cuda":
+        found = page_locked(found)
     return found.to(device, non_blocking=True)
+
+
+def page_locked(x: torch.Tensor) -> torch.Tensor:
+    """x in page-locked memory; a fake tensor, which has none, as it is."""
+    return x if isinstance(x, FakeTensor) else x.pin_memory()

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from trady_triton.ops import select_config
+from trady_triton.ops import select_config, upload
 
 
 def _device(name, major, minor, multi_processor_count, gib, **more):
@@ -204,7 +204,7 @@ _PINNED = WeakIdKeyDictionary()
 
 
 def _pin(tensor):
-    """Tensor.pin_memory without a driver."""
+    """`upload.page_locked` of a fake tensor, which can be told from others."""
     pinned = tensor.clone()
     _PINNED[pinned] = True
     return pinned
@@ -256,7 +256,7 @@ def pretended_cuda(arch="sm_90"):
             (triton.runtime.driver, "_active", _Driver(arch)),
             (torch.autograd, "_engine_run_backward", engine.run_backward),
             (torch._C, "_current_graph_task_id", lambda: 1),  # else a checkpoint runs again for each tensor
-            (torch.Tensor, "pin_memory", _pin),
+            (upload, "page_locked", _pin),
             (select_config, "_cuda_arch", select_config._cuda_arch.__wrapped__),
             (torch.version, "hip", "7.0" if TARGETS[arch].backend == "hip" else None),
             (torch.cuda, "get_device_properties", lambda index=None: device),
